@@ -1,0 +1,92 @@
+// Every operator of the `modelbatch` namespace, on one page, and the Python module that loads them.
+//
+// Implementations register themselves in csrc/<family>/<family>_ops.cpp (CPU) and
+// csrc/<family>/<family>_cuda_ops.cpp (CUDA); fakes, autograd and vmap rules in
+// modelbatch/ops/<family>.py. M is the number of models and always dim 0.
+#include <Python.h>
+#include <torch/csrc/stable/library.h>
+
+#include <exception>
+
+#include "common/dispatch.h"
+
+STABLE_TORCH_LIBRARY(modelbatch, m) {
+  // random: counter-based streams, one per model (csrc/random/philox.h).
+  // seed and step are int64 [M]; the results are [M, ...].
+  m.def(
+      "dropout(Tensor input, Tensor p, Tensor seed, Tensor step, int op_index, int group) -> "
+      "Tensor");
+  m.def("uniform(Tensor seed, Tensor step, int op_index, int[] size, ScalarType dtype) -> Tensor");
+  m.def("normal(Tensor seed, Tensor step, int op_index, int[] size, ScalarType dtype) -> Tensor");
+
+  // conv: every model's own convolution. weight [M, O, I/groups, *K] (transposed: [M, I, O/groups,
+  // *K]), input [M, B, C, *S] or, shared by all models, [B, C, *S]; the result is [M, B, O, *S'].
+  m.def(
+      "convolution(Tensor input, Tensor weight, Tensor? bias, int[] stride, int[] padding, "
+      "int[] dilation, bool transposed, int[] output_padding, int groups) -> Tensor");
+  m.def(
+      "convolution_backward(Tensor grad_output, Tensor input, Tensor weight, int[] stride, "
+      "int[] padding, int[] dilation, bool transposed, int[] output_padding, int groups, "
+      "bool need_input, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)");
+
+  // norm: batch normalisation with every model's own batch statistics. input [M, B, C, *S], weight
+  // and bias [M, C], eps float64 [M]; mean and (biased) var are [M, C] in the accumulation dtype.
+  m.def(
+      "batch_norm_train(Tensor input, Tensor? weight, Tensor? bias, Tensor eps) "
+      "-> (Tensor, Tensor, Tensor)");
+  m.def(
+      "batch_norm_train_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor mean, "
+      "Tensor var, Tensor eps, bool need_input, bool need_weight, bool need_bias) "
+      "-> (Tensor, Tensor, Tensor)");
+}
+
+namespace {
+
+PyObject* isa(PyObject*, PyObject*) {
+  return PyUnicode_FromString(mb_isa_name(modelbatch::active_isa()));
+}
+
+PyObject* built_isas(PyObject*, PyObject*) {
+  PyObject* names = PyList_New(0);
+  if (names == nullptr) return nullptr;
+  for (mb_isa isa : {MB_ISA_BASELINE, MB_ISA_AVX2, MB_ISA_AVX512}) {
+    if (!mb_isa_is_built(isa)) continue;
+    PyObject* name = PyUnicode_FromString(mb_isa_name(isa));
+    if (name == nullptr || PyList_Append(names, name) != 0) {
+      Py_XDECREF(name);
+      Py_DECREF(names);
+      return nullptr;
+    }
+    Py_DECREF(name);
+  }
+  return names;
+}
+
+PyMethodDef methods[] = {
+    {"isa", isa, METH_NOARGS, "The instruction set whose kernels are in use."},
+    {"built_isas", built_isas, METH_NOARGS,
+     "The instruction sets that this build has kernels for."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef module = {PyModuleDef_HEAD_INIT,
+                      "_C",
+                      "Loading this module registers the operators of torch.ops.modelbatch.",
+                      -1,
+                      methods,
+                      nullptr,
+                      nullptr,
+                      nullptr,
+                      nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__C(void) {
+  try {
+    modelbatch::active_isa();
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_ImportError, error.what());
+    return nullptr;
+  }
+  return PyModule_Create(&module);
+}

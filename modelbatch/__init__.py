@@ -1,0 +1,13 @@
+"""Train many small PyTorch models at once, each as if it were alone."""
+
+from . import _extension as _extension  # registers the operators
+from ._version import __version__ as __version__
+from .batch import ModelBatch as ModelBatch
+from .errors import (
+    BatchingError as BatchingError,
+    CheckpointError as CheckpointError,
+    FallbackWarning as FallbackWarning,
+    ModelBatchError as ModelBatchError,
+    StructureMismatchError as StructureMismatchError,
+)
+from .inputs import per_model as per_model, shared as shared

@@ -1,0 +1,617 @@
+"""`ModelBatch`: many models of one structure, trained at once."""
+
+import copy
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from . import evaluation, loss
+from .compilation import Compiled
+from .errors import ModelBatchError
+from .explain import Report
+from .forward import Forward
+from .inputs import resolve
+from .pytree import flatten
+from .random import Streams, check_seeds, derive_seeds, torch_rng
+from .stack import Stack, stack_from_factory
+from .structure import analyse
+from .substitute import Call, GradMemory
+
+_LATER = {
+    "chunk_size": "computing models in chunks",
+    "memory_budget": "planning memory",
+    "devices": "several devices",
+}
+
+
+class ModelBatch(nn.Module):
+    """M independent models of one structure, trained together, each as if it were alone.
+
+    The parameters exist once, stacked along dim 0 under the user's own names; `mb.models[i]` is the
+    user's own module, its parameters and buffers views into the stack.
+
+    Args:
+        models: modules of one structure: same classes, parameter and buffer names, shapes, dtypes,
+            device and train mode. Plain attributes must be equal too, apart from numbers that can
+            be honoured for each model (dropout `p`, normalisation `eps` and `momentum`, slopes).
+        lr_list: M learning rates (floats or one-element tensors); needs `optimizer_cls`.
+        optimizer_cls: any `torch.optim` class; builds `mb.optimizer` with M parameter groups.
+        base_batch: an example input (tensor, tuple of arguments or dict of keywords): the forward is
+            tried on it at once, without any effect, so that slow or failing operations show now.
+        optimizer_kwargs: further optimizer options, one dict for all models or M dicts.
+        shared_input: True if `x` is `[B, ...]` for all models, False if it is `[M, B, ...]`.
+        seeds: M ints, the random stream of each model; by default derived from torch's seed.
+        rng: `"philox"` (fast counter-based streams) or `"torch"` (each model draws what it would
+            draw alone after `torch.manual_seed(seeds[i])`).
+        chunk_size: reserved.
+        memory_budget: reserved.
+        fallback: what to do with an operation that cannot be batched: `"warn"` (compute it model by
+            model, one warning per bundle and operation), `"error"` or `"silent"`.
+        devices: reserved.
+        ignore_attributes: names of plain attributes that may differ because no forward reads them.
+
+    Raises:
+        StructureMismatchError: naming what differs, in which model, and both values.
+        ModelBatchError: for any other bad argument; the models are then unchanged.
+        NotImplementedError: for a reserved argument.
+    """
+
+    def __init__(
+        self,
+        models: Iterable[nn.Module],
+        lr_list: Sequence[float | Tensor] | Tensor | None = None,
+        optimizer_cls: type[Optimizer] | None = None,
+        base_batch: Any = None,
+        *,
+        optimizer_kwargs: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+        shared_input: bool = True,
+        seeds: Sequence[int] | None = None,
+        rng: str = "philox",
+        chunk_size: int | str | None = None,
+        memory_budget: int | str | None = None,
+        fallback: str = "warn",
+        devices: Sequence[Any] | None = None,
+        ignore_attributes: Iterable[str] = (),
+        _stacked: dict[str, Tensor] | None = None,
+    ):
+        super().__init__()
+        for name, value in (
+            ("chunk_size", chunk_size),
+            ("memory_budget", memory_budget),
+            ("devices", devices),
+        ):
+            if value is not None:
+                raise NotImplementedError(f"{name}=: {_LATER[name]} is not available yet")
+        if fallback not in ("warn", "error", "silent"):
+            raise ModelBatchError(
+                f'fallback must be "warn", "error" or "silent", got {fallback!r}'
+            )
+        if isinstance(models, nn.Module) and not isinstance(models, nn.ModuleList | nn.Sequential):
+            raise ModelBatchError("models must be a sequence of modules, got a single module")
+        models = list(models)
+        self._ignored = frozenset(ignore_attributes)
+        structure = analyse(models, self._ignored)
+        checked_seeds = check_seeds(seeds, len(models)) or derive_seeds(len(models))
+        configs = self._check_optimizer(len(models), lr_list, optimizer_cls, optimizer_kwargs)
+        slots = structure.slots
+        device = torch.device("cpu")
+        if slots:
+            from .structure import tensor_at, walk
+
+            device = tensor_at(walk(models[0])[1], slots[0]).device
+        streams = Streams(rng, checked_seeds, device)
+        # from here on nothing fails: the models become views
+        self.shared_input = shared_input
+        self._streams = streams
+        self._stack = Stack(models, structure, self, _stacked)
+        self._grad_memory = GradMemory()
+        self._forward = Forward(self._stack, streams, fallback, self._grad_memory)
+        self._active = [True] * len(models)
+        self._active_tensor: Tensor | None = None
+        self._latest_losses: Tensor | None = None
+        self._looped_losses: set[Any] = set()
+        self._compiled: Compiled | None = None
+        self._optimizer: Optimizer | None = None
+        self.training = models[0].training
+        for node, module in zip(self._stack.nodes, self._stack.modules[0]):
+            node.training = module.training
+        if configs is not None:
+            assert optimizer_cls is not None
+            self._build_optimizer(optimizer_cls, configs)
+        if base_batch is not None:
+            self._try(base_batch)
+
+    @classmethod
+    def from_factory(
+        cls,
+        build: Callable[..., nn.Module],
+        num_models: int,
+        *,
+        seeds: Sequence[int] | None = None,
+        **kwargs: Any,
+    ) -> "ModelBatch":
+        """Build the models one after another, straight into the stack.
+
+        Args:
+            build: `build()` or `build(i)`; it gets the model's number if it has a required
+                positional parameter.
+            num_models: M.
+            seeds: M ints. Model i is then initialised as after `torch.manual_seed(seeds[i])`
+                (torch's own generators are left as they were), and these are its stream's seeds;
+                with `rng="torch"` its stream goes on where the initialisation stopped.
+            **kwargs: as for `ModelBatch`.
+
+        Raises:
+            ModelBatchError: if a seed or the number of models is bad, or `build` returns no module.
+            StructureMismatchError: as for `ModelBatch`.
+        """
+        if isinstance(num_models, bool) or not isinstance(num_models, int) or num_models < 1:
+            raise ModelBatchError(f"num_models must be a positive integer, got {num_models!r}")
+        checked = check_seeds(seeds, num_models)
+        numbered = _takes_a_number(build)
+        after: list[Tensor] = []
+
+        def build_one(i: int) -> nn.Module:
+            if checked is None:
+                return build(i) if numbered else build()
+            with torch_rng(torch.device("cuda" if torch.cuda.is_initialized() else "cpu")):
+                torch.manual_seed(checked[i])
+                model = build(i) if numbered else build()
+                after.append(torch.get_rng_state())
+            return model
+
+        models, stacked = stack_from_factory(build_one, num_models)
+        bundle = cls(models, seeds=checked, _stacked=stacked, **kwargs)
+        if bundle._streams.kind == "torch":
+            for states, state in zip(bundle._streams.states, after):
+                states[0] = state
+        return bundle
+
+    # ---- what the bundle holds
+
+    @property
+    def models(self) -> list[nn.Module]:
+        """The user's own modules; their parameters and buffers are views into the bundle."""
+        return list(self._stack.models)
+
+    @property
+    def num_models(self) -> int:
+        """M, the number of models."""
+        return self._stack.num_models
+
+    def __len__(self) -> int:
+        return self.num_models
+
+    def __getitem__(self, i: int) -> nn.Module:
+        return self._stack.models[i]
+
+    @property
+    def optimizer(self) -> Optimizer | None:
+        """The optimizer with one parameter group per model, None if none was asked for."""
+        return self._optimizer
+
+    @optimizer.setter
+    def optimizer(self, optimizer: Optimizer | None) -> None:
+        self._optimizer = optimizer
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seed of each model's random stream."""
+        return list(self._streams.seeds)
+
+    @property
+    def active(self) -> Tensor:
+        """bool `[M]`: which models train."""
+        return torch.tensor(self._active, dtype=torch.bool, device=self._streams.device)
+
+    def freeze(self, models: int | Iterable[int]) -> None:
+        """Stop training some models: nothing of theirs changes by one bit until `unfreeze`."""
+        self._set_active(models, False)
+
+    def unfreeze(self, models: int | Iterable[int]) -> None:
+        """Let frozen models train again, from where they stood."""
+        self._set_active(models, True)
+
+    def _set_active(self, models: int | Iterable[int], value: bool) -> None:
+        numbers = [models] if isinstance(models, int) else list(models)
+        checked = [self._number(i) for i in numbers]
+        for i in checked:
+            self._active[i] = value
+        self._active_tensor = None if all(self._active) else self.active
+
+    def _number(self, i: int) -> int:
+        if isinstance(i, bool) or not isinstance(i, int) or not -len(self) <= i < len(self):
+            raise ModelBatchError(f"there is no model {i!r} in a bundle of {len(self)}")
+        return i % len(self)
+
+    def gradients(self, i: int) -> dict[str, Tensor | None]:
+        """Model i's gradients as views, by parameter name; None where there is none."""
+        i = self._number(i)
+        return {
+            name: None if p.grad is None else p.grad[i] for name, p in self.named_parameters()
+        }
+
+    def export(self, i: int) -> nn.Module:
+        """An independent copy of model i that shares no memory with the bundle."""
+        i = self._number(i)
+        memo: dict[int, Any] = {}
+        for slot in self._stack.slots:
+            for index, attribute in slot.places:
+                module = self._stack.modules[i][index]
+                kind = module._parameters if slot.is_parameter else module._buffers
+                tensor = kind[attribute]
+                assert tensor is not None
+                fresh = tensor.detach().clone()
+                if slot.is_parameter:
+                    fresh = nn.Parameter(fresh, requires_grad=tensor.requires_grad)
+                memo.setdefault(id(tensor), fresh)
+        return copy.deepcopy(self._stack.models[i], memo)
+
+    # ---- forward
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call every model.
+
+        Args:
+            *args: the models' own arguments. With `shared_input=True` tensors are the same for all
+                models unless wrapped in `modelbatch.per_model`; with `shared_input=False` they are
+                `[M, ...]` unless wrapped in `modelbatch.shared`.
+            **kwargs: likewise.
+
+        Returns:
+            The model's own output structure, each tensor with a leading model axis.
+        """
+        leaves, spec = flatten((args, kwargs))
+        values, batched = resolve(leaves, not self.shared_input, self.num_models, "input")
+        if self._compiled is not None:
+            return self._compiled.forward(values, batched, spec, self._active_tensor)
+        return self._forward.run(values, batched, spec, self._active_tensor)
+
+    def _forward_of(self, x: Any) -> Any:
+        if isinstance(x, tuple):
+            return self(*x)
+        if isinstance(x, Mapping):
+            return self(**x)
+        return self(x)
+
+    # ---- loss
+
+    def compute_loss(
+        self,
+        outputs: Any,
+        targets: Any,
+        loss_fn: Callable[..., Tensor] = F.cross_entropy,
+        *,
+        sample_weight: Any = None,
+        reduction: str = "mean",
+    ) -> Tensor:
+        """The loss of all models, with the gradient of each model's own loss.
+
+        Args:
+            outputs: what the bundle returned.
+            targets: `[B, ...]` for all models; `[M, B, ...]` with `shared_input=False` or where
+                wrapped in `modelbatch.per_model`.
+            loss_fn: called for one model's (outputs, targets); returns one number.
+            sample_weight: `[B]` for all models or `[M, B]`; the loss of a model is then the mean
+                over its samples by weight. A sample of weight 0 takes no part, whatever it holds.
+            reduction: `"mean"`, `"sum"` (over active models) or `"none"`.
+
+        Returns:
+            A scalar whose value is the mean (or sum) over active models with a finite loss and
+            whose gradient for model i is that of its own loss, or the losses `[M]`.
+
+        Raises:
+            ModelBatchError: bad reduction or shapes, or a loss that fails, naming the model.
+        """
+        if reduction not in ("mean", "sum", "none"):
+            raise ModelBatchError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
+        losses = self._losses(outputs, targets, loss_fn, sample_weight)
+        self._latest_losses = losses.detach()
+        return loss.combine(losses, self._active_tensor, reduction)
+
+    @property
+    def latest_losses(self) -> Tensor | None:
+        """The losses `[M]` of the last `compute_loss`, detached; None before the first."""
+        return self._latest_losses
+
+    def _losses(
+        self, outputs: Any, targets: Any, loss_fn: Callable[..., Tensor], sample_weight: Any
+    ) -> Tensor:
+        out_leaves, _ = flatten(outputs)
+        out_values, out_batched = resolve(out_leaves, True, self.num_models, "output")
+        target_leaves, _ = flatten(targets)
+        target_values, target_batched = resolve(
+            target_leaves, not self.shared_input, self.num_models, "target"
+        )
+        arguments: tuple[Any, ...] = (outputs, targets)
+        values, batched = out_values + target_values, out_batched + target_batched
+        if sample_weight is not None:
+            per_model = isinstance(sample_weight, Tensor) and sample_weight.dim() > 1
+            weight_leaves, _ = flatten(sample_weight)
+            more, more_batched = resolve(
+                weight_leaves, per_model, self.num_models, "sample_weight"
+            )
+            arguments = (*arguments, sample_weight)
+            values, batched = values + more, batched + more_batched
+        _, spec = flatten(arguments)
+        run = loss.loss_for_weights(loss_fn, sample_weight is not None)
+        if loss_fn in self._looped_losses:
+            return loss.losses_one_by_one(run, values, batched, spec, self.num_models)
+        if self._compiled is not None:
+            return self._compiled.losses(run, loss_fn, values, batched, spec)
+        return self._batched_losses(run, loss_fn, values, batched, spec)
+
+    def _batched_losses(
+        self,
+        run: Callable[..., Tensor],
+        loss_fn: Callable[..., Tensor],
+        values: list[Any],
+        batched: list[bool],
+        spec: Any,
+    ) -> Tensor:
+        try:
+            return loss.per_model_losses(
+                run, values, batched, spec, self.num_models, self._loss_call
+            )
+        except ModelBatchError:
+            raise
+        except Exception as error:
+            losses = loss.losses_one_by_one(run, values, batched, spec, self.num_models)
+            self._looped_losses.add(loss_fn)
+            name = getattr(loss_fn, "__name__", type(loss_fn).__name__)
+            self._forward._report(f"loss {name}", str(error).splitlines()[0], error)
+            return losses
+
+    def _loss_call(self, num_models: int, level: int | None) -> Call:
+        return Call(num_models, level, self._streams, device=self._streams.device)
+
+    # ---- training
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear all gradients; their memory is kept for the next backward."""
+        held = [(p, p.grad) for p in self.parameters() if p.grad is not None]
+        if self._optimizer is not None:
+            self._optimizer.zero_grad(set_to_none)
+        super().zero_grad(set_to_none)
+        if set_to_none:
+            for parameter, grad in held:
+                self._grad_memory.keep(parameter, grad)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of `mb.optimizer`.
+
+        Args:
+            closure: clears gradients, runs forward and backward for all models and returns their
+                losses `[M]` (LBFGS needs it).
+
+        Raises:
+            ModelBatchError: if the bundle has no optimizer.
+        """
+        if self._optimizer is None:
+            raise ModelBatchError(
+                "this bundle has no optimizer; give ModelBatch lr_list= and optimizer_cls="
+            )
+        return self._optimizer.step(closure) if closure is not None else self._optimizer.step()
+
+    def train_step(
+        self,
+        x: Any,
+        y: Any,
+        *,
+        loss_fn: Callable[..., Tensor] = F.cross_entropy,
+        sample_weight: Any = None,
+    ) -> Tensor:
+        """Clear gradients, forward, loss, backward and optimizer step for all models.
+
+        Args:
+            x: a tensor, a tuple of positional or a dict of keyword arguments.
+            y: targets, see `compute_loss`.
+            loss_fn: see `compute_loss`.
+            sample_weight: see `compute_loss`.
+
+        Returns:
+            The losses `[M]`, detached.
+
+        Raises:
+            ModelBatchError: if the bundle has no optimizer, or see `compute_loss`; parameters,
+                buffers, gradients and random streams are then as before.
+        """
+        if self._optimizer is None:
+            self.step()
+        outputs = self._forward_of(x)
+        try:
+            total = self.compute_loss(outputs, y, loss_fn, sample_weight=sample_weight)
+        except BaseException:
+            self._forward.undo_last()
+            raise
+        self.zero_grad()
+        total.backward()  # type: ignore[no-untyped-call]
+        self.step()
+        assert self._latest_losses is not None
+        return self._latest_losses
+
+    def evaluate(
+        self,
+        loader: Iterable[Any],
+        loss_fn: Callable[..., Tensor] = F.cross_entropy,
+        metric_fns: Mapping[str, Callable[..., Tensor]] | None = None,
+    ) -> dict[str, Tensor]:
+        """Losses and metrics of every model over a data set, in eval mode and without gradients.
+
+        Args:
+            loader: yields (x, y); see `train_step`.
+            loss_fn: one model's (outputs, targets) to one number, a mean over the batch.
+            metric_fns: further such functions by name.
+
+        Returns:
+            `{"loss": [M], name: [M], ...}`, means over all samples.
+
+        Raises:
+            ModelBatchError: if the loader is empty or yields something other than pairs.
+        """
+        return evaluation.evaluate(self, loader, loss_fn, dict(metric_fns or {}))
+
+    def metrics(self) -> dict[str, float]:
+        """A flat dict of numbers for loggers, from the last `compute_loss` and backward."""
+        return evaluation.metrics(self)
+
+    def train(self, mode: bool = True) -> "ModelBatch":
+        """Set train or eval mode of all models, and take note of attributes changed since."""
+        super().train(mode)
+        for model in self._stack.models:
+            model.train(mode)
+        self.refresh()
+        return self
+
+    def refresh(self) -> None:
+        """Look at all models again after attributes (a dropout `p`, say) were changed from outside.
+
+        `train()` and `eval()` do this too.
+
+        Raises:
+            StructureMismatchError: if the models no longer fit one bundle.
+            ModelBatchError: if a model's tensors no longer are views into the bundle.
+        """
+        self._stack.check_views()
+        self._stack.refresh(self._ignored, self._forward.spread)
+
+    # ---- how it runs
+
+    def explain(self, *args: Any, **kwargs: Any) -> Report:
+        """How each operation of the forward is computed for these arguments; changes nothing."""
+        leaves, spec = flatten((args, kwargs))
+        values, batched = resolve(leaves, not self.shared_input, self.num_models, "input")
+        path = "vmap with the operators of modelbatch"
+        report = Report(self.num_models, "compiled" if self._compiled else path)
+        self._forward.explain(report, values, batched, spec)
+        return report
+
+    def _try(self, base_batch: Any) -> None:
+        report = Report(self.num_models, "")
+        if isinstance(base_batch, tuple):
+            args, kwargs = base_batch, {}
+        elif isinstance(base_batch, Mapping):
+            args, kwargs = (), dict(base_batch)
+        else:
+            args, kwargs = (base_batch,), {}
+        leaves, spec = flatten((args, kwargs))
+        values, batched = resolve(leaves, not self.shared_input, self.num_models, "base_batch")
+        self._forward.explain(report, values, batched, spec)
+
+    def enable_compile(self, **torch_compile_kwargs: Any) -> "ModelBatch":
+        """Run forward and loss through `torch.compile`.
+
+        Args:
+            **torch_compile_kwargs: handed to `torch.compile`.
+
+        Raises:
+            ModelBatchError: with `rng="torch"`, whose draws cannot be compiled.
+        """
+        self._compiled = Compiled(self, torch_compile_kwargs)
+        return self
+
+    # ---- nn.Module
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ModelBatch":
+        super()._apply(fn, recurse)
+        for slot in self._stack.slots:
+            self._stack.register(slot, self._stack.tensor(slot))
+        self._stack.repoint_all()
+        self._grad_memory.clear()
+        if self._stack.slots:
+            self._streams.to(self._stack.tensor(self._stack.slots[0]).device)
+        if self._active_tensor is not None:
+            self._active_tensor = self.active
+        return self
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As `nn.Module.load_state_dict`, with stacked `[M, ...]` tensors; the views stay views."""
+        result = super().load_state_dict(state_dict, strict, assign)
+        if assign:
+            for slot in self._stack.slots:
+                self._stack.register(slot, self._stack.tensor(slot))
+            self._stack.repoint_all()
+        return result
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, nn.Module | nn.Parameter):
+            raise ModelBatchError(
+                f"cannot set '{name}': parameters and modules of a bundle come from its models"
+            )
+        super().__setattr__(name, value)
+
+    def extra_repr(self) -> str:
+        """The number of models, for `repr`."""
+        return f"num_models={self.num_models}, model={type(self._stack.models[0]).__name__}"
+
+    # ---- construction helpers
+
+    def _check_optimizer(
+        self,
+        num_models: int,
+        lr_list: Any,
+        optimizer_cls: type[Optimizer] | None,
+        optimizer_kwargs: Any,
+    ) -> list[dict[str, Any]] | None:
+        if optimizer_cls is None:
+            if lr_list is not None or optimizer_kwargs is not None:
+                raise ModelBatchError("lr_list and optimizer_kwargs need optimizer_cls")
+            return None
+        from .optim import merge_configs
+
+        return merge_configs(optimizer_cls, num_models, lr_list, optimizer_kwargs)
+
+    def _build_optimizer(
+        self, optimizer_cls: type[Optimizer], configs: Sequence[dict[str, Any]]
+    ) -> None:
+        from .optim import build_view_optimizer
+
+        self._optimizer = build_view_optimizer(
+            dict(self.named_parameters()),
+            self._stack.models,
+            optimizer_cls,
+            configs,
+            active=lambda: self._active,
+        )
+
+    # ---- named but not there yet
+
+    def prune(self, indices: Iterable[int]) -> None:
+        """Not available yet."""
+        raise NotImplementedError("prune: removing models from a bundle is not available yet")
+
+    def replace(self, i: int, model: nn.Module, **hyper: Any) -> None:
+        """Not available yet."""
+        raise NotImplementedError("replace: putting a fresh model in a slot is not available yet")
+
+    def append(self, models: Iterable[nn.Module], **hyper: Any) -> None:
+        """Not available yet."""
+        raise NotImplementedError("append: adding models to a bundle is not available yet")
+
+    def save_all(self, directory: Any, **options: Any) -> None:
+        """Not available yet."""
+        raise NotImplementedError("save_all: bundle checkpoints are not available yet")
+
+    def load_all(self, directory: Any, **options: Any) -> None:
+        """Not available yet."""
+        raise NotImplementedError("load_all: bundle checkpoints are not available yet")
+
+    def capture_cuda_graph(self, *args: Any, **kwargs: Any) -> None:
+        """Not available yet."""
+        raise NotImplementedError("capture_cuda_graph: CUDA graphs are not available yet")
+
+
+def _takes_a_number(build: Callable[..., nn.Module]) -> bool:
+    try:
+        parameters = inspect.signature(build).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return any(p.kind in positional and p.default is inspect.Parameter.empty for p in parameters)

@@ -1,0 +1,246 @@
+"""Forward and loss of a bundle through `torch.compile`.
+
+What a bundle does in one forward (rules, vmap, per-model numbers) is first traced into one plain
+graph over the stacked tensors, with the random streams' positions as inputs; that graph is what
+`torch.compile` gets. One graph is made for each train or eval mode and each shape of the inputs.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from . import loss
+from .errors import BatchingError, FallbackWarning, ModelBatchError
+from .forward import Forward
+from .pytree import Spec
+from .random import Streams
+from .stack import Stack
+from .structure import Slot
+from .substitute import Call, NeedsBatchedFactories
+
+if TYPE_CHECKING:
+    from .batch import ModelBatch
+
+
+class _TracedStack:
+    """Stands in for a bundle's stack while its forward is traced: the same models, traced tensors."""
+
+    def __init__(self, stack: Stack, tensors: Sequence[Tensor]):
+        self.models, self.modules = stack.models, stack.modules
+        self.num_models, self.structure, self.slots = stack.num_models, stack.structure, stack.slots
+        self._tensors = {slot.name: tensor for slot, tensor in zip(stack.slots, tensors)}
+
+    def tensor(self, slot: Slot) -> Tensor:
+        return self._tensors[slot.name]
+
+    def replace_buffer(self, slot: Slot, tensor: Tensor) -> None:
+        old = self.tensor(slot)
+        if old.shape != tensor.shape or old.dtype != tensor.dtype:
+            raise BatchingError(f"buffer '{slot.name}' changes its shape or dtype in the forward")
+        old.copy_(tensor)
+
+    def add_buffer(self, index: int, attribute: str, tensor: Tensor) -> None:
+        raise BatchingError(f"buffer '{attribute}' is created in the forward")
+
+
+class _TracedForward(Forward):
+    """A forward that is traced, not run: it may not leave anything behind in Python."""
+
+    def _spread(self, call: Call, index: int, name: str, value: Any) -> None:
+        raise BatchingError(f"the forward sets the attribute '{name}'")
+
+    def _call(self, num_models: int, level: int | None, streams: Streams, check: bool) -> Call:
+        call = super()._call(num_models, level, streams, False)
+        call.grad_memory = None
+        call.trace()
+        return call
+
+
+class _Graph:
+    """One compiled graph and how to put its results back together."""
+
+    def __init__(self, run: Callable[..., Any], out_spec: Any, constants: list[Any], draws: int):
+        self.run, self.out_spec, self.constants, self.draws = run, out_spec, constants, draws
+        self.fresh = True
+
+    def __call__(self, *args: Any) -> list[Any]:
+        if self.fresh:
+            # torch.compile reads .grad of its inputs, which warns for outputs of a model
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "The .grad attribute of a Tensor")
+                tensors = iter(self.run(*args))
+            self.fresh = False
+        else:
+            tensors = iter(self.run(*args))
+        return [next(tensors) if c is _TENSOR else c for c in self.constants]
+
+
+_TENSOR: Any = object()
+
+
+class Compiled:
+    """The compiled graphs of one bundle.
+
+    Args:
+        bundle: the bundle.
+        options: keyword arguments of `torch.compile`.
+
+    Raises:
+        ModelBatchError: with `rng="torch"`.
+    """
+
+    def __init__(self, bundle: "ModelBatch", options: dict[str, Any]):
+        if bundle._streams.kind != "philox":
+            raise ModelBatchError(
+                'enable_compile needs rng="philox": torch\'s own generators cannot be compiled'
+            )
+        self.bundle = bundle
+        self.options = options
+        self.graphs: dict[Any, _Graph | None] = {}
+
+    def forward(
+        self, values: list[Any], batched: list[bool], spec: Spec, active: Tensor | None
+    ) -> Any:
+        """As `Forward.run`, through a compiled graph where one can be made."""
+        forward = self.bundle._forward
+        modes = tuple(module.training for module in self.bundle._stack.modules[0])
+        key = ("forward", modes, *self._key(values, batched, spec))
+        if key not in self.graphs:
+            self.graphs[key] = self._attempt(lambda: self._trace_forward(values, batched, spec))
+        graph = self.graphs[key]
+        if graph is None or forward.stack.has_user_hooks():
+            return forward.run(values, batched, spec, active)
+        return forward.run(values, batched, spec, active, lambda: self._run_forward(graph, values))
+
+    def _run_forward(self, graph: _Graph, values: list[Any]) -> Any:
+        stack, streams = self.bundle._stack, self.bundle._streams
+        tensors = [stack.tensor(slot) for slot in stack.slots]
+        inputs = [value for value in values if isinstance(value, Tensor)]
+        results = graph(tensors, inputs, streams.seed, streams.step)
+        streams.op_index = graph.draws
+        return self._unflatten(results, graph.out_spec)
+
+    def losses(
+        self,
+        run: Callable[..., Tensor],
+        loss_fn: Any,
+        values: list[Any],
+        batched: list[bool],
+        spec: Spec,
+    ) -> Tensor:
+        """As `loss.per_model_losses`, through a compiled graph where one can be made."""
+        weighted = run is not loss_fn
+        key = ("loss", loss_fn, weighted, *self._key(values, batched, spec))
+        if key not in self.graphs:
+            self.graphs[key] = self._attempt(lambda: self._trace_loss(run, values, batched, spec))
+        graph = self.graphs[key]
+        if graph is None:
+            return self.bundle._batched_losses(run, loss_fn, values, batched, spec)
+        result: Tensor = graph([value for value in values if isinstance(value, Tensor)])[0]
+        return result
+
+    # ---- tracing
+
+    def _key(self, values: list[Any], batched: list[bool], spec: Spec) -> tuple[Any, ...]:
+        described = tuple(
+            (tuple(v.shape), v.dtype, v.device, v.requires_grad, v.stride())
+            if isinstance(v, Tensor)
+            else (type(v), repr(v))
+            for v in values
+        )
+        device = self.bundle._streams.device.type
+        autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+        return described, tuple(batched), repr(spec.spec), torch.is_grad_enabled(), autocast
+
+    def _attempt(self, trace: Callable[[], _Graph]) -> _Graph | None:
+        try:
+            return trace()
+        except Exception as error:
+            first = str(error).splitlines()[0] if str(error) else type(error).__name__
+            if self.bundle._forward.fallback == "error":
+                raise BatchingError(f"this bundle cannot be compiled: {first}") from error
+            if self.bundle._forward.fallback == "warn":
+                warnings.warn(
+                    f"this bundle cannot be compiled, it runs without torch.compile: {first}",
+                    FallbackWarning,
+                    stacklevel=5,
+                )
+            return None
+
+    def _trace_forward(self, values: list[Any], batched: list[bool], spec: Spec) -> _Graph:
+        bundle = self.bundle
+        stack, streams = bundle._stack, bundle._streams
+        if bundle._forward.tensor_attributes:
+            raise BatchingError("the forward sets attributes of the modules")
+        found: dict[str, Any] = {}
+
+        def core(tensors: list[Tensor], inputs: list[Tensor], seed: Tensor, step: Tensor) -> Any:
+            traced_streams = streams.traced(seed, step)
+            forward = _TracedForward(
+                _TracedStack(stack, tensors),  # type: ignore[arg-type]
+                traced_streams,
+                bundle._forward.fallback,
+                None,
+            )
+            forward.warned = bundle._forward.warned
+            forward.batched_factories = found.get("batched_factories", False)
+            rest = iter(inputs)
+            leaves = [next(rest) if isinstance(v, Tensor) else v for v in values]
+            results, found["spec"] = forward.batched_leaves(leaves, batched, spec)
+            found["draws"] = traced_streams.op_index
+            found["constants"] = [_TENSOR if isinstance(r, Tensor) else r for r in results]
+            return [r for r in results if isinstance(r, Tensor)]
+
+        arguments = (
+            [stack.tensor(slot) for slot in stack.slots],
+            [
+                value.detach().requires_grad_(value.requires_grad)
+                for value in values
+                if isinstance(value, Tensor)
+            ],
+            streams.seed,
+            streams.step,
+        )
+        try:
+            graph = make_fx(core, tracing_mode="fake")(*arguments)
+        except NeedsBatchedFactories:
+            found["batched_factories"] = True
+            graph = make_fx(core, tracing_mode="fake")(*arguments)
+        run = torch.compile(graph, **self.options)
+        return _Graph(run, found["spec"], found["constants"], found["draws"])
+
+    def _trace_loss(
+        self, run: Callable[..., Tensor], values: list[Any], batched: list[bool], spec: Spec
+    ) -> _Graph:
+        bundle = self.bundle
+
+        def make_call(num_models: int, level: int | None) -> Call:
+            call = bundle._loss_call(num_models, level)
+            call.trace()
+            return call
+
+        def core(inputs: list[Tensor]) -> list[Tensor]:
+            rest = iter(inputs)
+            leaves = [next(rest) if isinstance(v, Tensor) else v for v in values]
+            return [
+                loss.per_model_losses(run, leaves, batched, spec, bundle.num_models, make_call)
+            ]
+
+        # leaves, because tracing looks at every input's .grad
+        tensors = [
+            value.detach().requires_grad_(value.requires_grad)
+            for value in values
+            if isinstance(value, Tensor)
+        ]
+        graph = make_fx(core, tracing_mode="fake")(tensors)
+        return _Graph(torch.compile(graph, **self.options), None, [_TENSOR], 0)
+
+    @staticmethod
+    def _unflatten(results: list[Any], spec: Spec) -> Any:
+        from .pytree import unflatten
+
+        return unflatten(results, spec)

@@ -1,0 +1,117 @@
+"""Per-model results over a data set, and the numbers a logger wants."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map
+
+from .errors import ModelBatchError
+from .inputs import _Marked
+
+if TYPE_CHECKING:
+    from .batch import ModelBatch
+
+
+def to_device(tree: Any, device: torch.device) -> Any:
+    """The same structure with all tensors on `device`, markers kept."""
+
+    def move(leaf: Any) -> Any:
+        if isinstance(leaf, _Marked):
+            return _Marked(leaf.value.to(device, non_blocking=True), leaf.has_model_axis)
+        return leaf.to(device, non_blocking=True) if isinstance(leaf, Tensor) else leaf
+
+    return tree_map(move, tree)
+
+
+def _batch_size(bundle: "ModelBatch", targets: Any) -> int:
+    for leaf in tree_flatten(targets)[0]:
+        has_axis = not bundle.shared_input
+        if isinstance(leaf, _Marked):
+            has_axis, leaf = leaf.has_model_axis, leaf.value
+        if isinstance(leaf, Tensor) and leaf.dim() > int(has_axis):
+            return int(leaf.shape[int(has_axis)])
+    return 1
+
+
+def evaluate(
+    bundle: "ModelBatch",
+    loader: Iterable[Any],
+    loss_fn: Callable[..., Tensor],
+    metric_fns: Mapping[str, Callable[..., Tensor]],
+) -> dict[str, Tensor]:
+    """See `ModelBatch.evaluate`."""
+    if "loss" in metric_fns:
+        raise ModelBatchError("a metric must not be called 'loss'")
+    functions = {"loss": loss_fn, **metric_fns}
+    for name, function in functions.items():
+        if not callable(function):
+            raise ModelBatchError(f"'{name}' must be callable, got {type(function).__name__}")
+    modes = [module.training for module in bundle._stack.modules[0]]
+    sums: dict[str, Tensor] = {}
+    count = 0
+    latest = bundle._latest_losses
+    _set_modes(bundle, [False] * len(modes))
+    try:
+        with torch.no_grad():
+            for batch in loader:
+                if not isinstance(batch, tuple | list) or len(batch) != 2:
+                    raise ModelBatchError(
+                        f"the loader must yield (x, y), got {type(batch).__name__}"
+                    )
+                x, y = to_device(tuple(batch), bundle._streams.device)
+                outputs = bundle._forward_of(x)
+                size = _batch_size(bundle, y)
+                for name, function in functions.items():
+                    values = bundle._losses(outputs, y, function, None) * size
+                    sums[name] = sums[name] + values if name in sums else values
+                count += size
+    finally:
+        _set_modes(bundle, modes)
+        bundle._latest_losses = latest
+    if not sums or count == 0:
+        raise ModelBatchError("the loader yielded no samples")
+    return {name: total / count for name, total in sums.items()}
+
+
+def _set_modes(bundle: "ModelBatch", modes: list[bool]) -> None:
+    for modules in (bundle._stack.nodes, *bundle._stack.modules):
+        for module, mode in zip(modules, modes):
+            module.training = mode
+
+
+def metrics(bundle: "ModelBatch") -> dict[str, float]:
+    """See `ModelBatch.metrics`."""
+    result: dict[str, float] = {}
+    losses = bundle._latest_losses
+    if losses is not None:
+        values = losses.tolist()
+        result.update({f"loss_model_{i}": value for i, value in enumerate(values)})
+    if bundle.optimizer is not None:
+        for i, group in enumerate(bundle.optimizer.param_groups):
+            result[f"lr_model_{i}"] = float(group["lr"])
+    norms = grad_norms(bundle)
+    if norms is not None:
+        result.update({f"grad_norm_model_{i}": v for i, v in enumerate(norms.tolist())})
+    if losses is not None:
+        good = torch.isfinite(losses) & bundle.active
+        best = torch.where(good, losses, torch.inf)
+        any_good = bool(good.any())
+        result["loss_mean"] = float(losses[good].mean()) if any_good else float("nan")
+        result["loss_best"] = float(best.min()) if any_good else float("nan")
+        result["best_model"] = float(best.argmin()) if any_good else -1.0
+    result["active_models"] = float(sum(bundle._active))
+    return result
+
+
+def grad_norms(bundle: "ModelBatch") -> Tensor | None:
+    """The 2-norm of each model's whole gradient, `[M]`; None where there are no gradients."""
+    squares = [
+        torch.linalg.vector_norm(p.grad.flatten(1).float(), dim=1) ** 2
+        if p.grad.dtype in (torch.float16, torch.bfloat16)
+        else torch.linalg.vector_norm(p.grad.flatten(1), dim=1) ** 2
+        for p in bundle.parameters()
+        if p.grad is not None
+    ]
+    return torch.stack(squares).sum(0).sqrt() if squares else None

@@ -1,0 +1,584 @@
+"""One forward of all models: batched where possible, model by model where not.
+
+`Forward.run` swaps the stacked tensors into the first model's modules and calls that model once,
+inside torch's vmap machinery and under `substitute.Call`. What the forward writes (buffers in place
+or by assignment, plain attributes) goes back to every model. If the batched run fails for a reason
+of its own, nothing has changed, and the models run one by one with the same streams.
+"""
+
+import contextlib
+import functools
+import re
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch._C._functorch as functorch
+from torch import Tensor, nn
+from torch._functorch.vmap import vmap_increment_nesting
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_flatten, tree_map
+
+from .attributes import MODULE_INTERNALS
+from .errors import BatchingError, FallbackWarning
+from .explain import Report
+from .pytree import Spec, flatten, unflatten
+from .random import Streams
+from .stack import Stack
+from .structure import Slot
+from .substitute.mode import Call, NeedsBatchedFactories
+from .substitute.norm import cumulative_batch_norm
+
+_SLOW_RULE = re.compile(r"batching rule for (\S+?)\.? ?\.|batching rule for (\S+)")
+_IN_PLACE = "vmap: inplace"
+_MISSING: Any = object()
+_KEPT_ENTRIES = frozenset({"_flat_weights", "forward"})
+
+
+class Forward:
+    """Runs the forward of a bundle and keeps what it learns about it.
+
+    Args:
+        stack: the stacked tensors.
+        streams: the models' random streams.
+        fallback: `"warn"`, `"error"` or `"silent"`.
+        grad_memory: see `substitute.dense.GradMemory`.
+    """
+
+    def __init__(self, stack: Stack, streams: Streams, fallback: str, grad_memory: Any):
+        self.stack = stack
+        self.streams = streams
+        self.fallback = fallback
+        self.grad_memory = grad_memory
+        self.loop_reasons: dict[bool, str] = {}
+        """Why the models run one by one, by training mode."""
+        self.batched_factories = False
+        self.warned: set[str] = set()
+        self._slow: list[str] = []
+        self.written: dict[bool, set[str]] = {}
+        """Names of the buffers that a forward writes, by training mode."""
+        self.tensor_attributes: dict[tuple[int, str], tuple[Tensor, bool]] = {}
+        """Plain attributes that the forward set to tensors: value and whether it has a model axis."""
+        self.spread: set[tuple[int, str]] = set()
+        """Plain attributes that the forward keeps per model, as (module index, name)."""
+        self.record: Callable[[str, str], None] | None = None
+        self._last: tuple[_Snapshot, Any] | None = None
+
+    # ---- entry
+
+    def run(
+        self,
+        leaves: list[Any],
+        batched: list[bool],
+        spec: Spec,
+        active: Tensor | None,
+        compiled: Callable[[], Any] | None = None,
+    ) -> Any:
+        """Call all models.
+
+        Args:
+            leaves: flattened (args, kwargs).
+            batched: for each leaf whether its dim 0 is the model axis.
+            spec: the structure of (args, kwargs).
+            active: bool `[M]`, None if all are active; frozen models keep buffers and streams.
+            compiled: computes the outputs instead of this class.
+
+        Returns:
+            The model's output structure, every tensor with a leading model axis.
+        """
+        training = self.stack.models[0].training
+        checking = training not in self.written or active is not None
+        snapshot = self._snapshot(training, everything=checking)
+        streams = self.streams.snapshot()
+        self.streams.op_index = 0
+        try:
+            if compiled is not None:
+                out = compiled()
+            elif self._reason_to_loop(training) is None:
+                out = self._batched_or_loop(leaves, batched, spec, snapshot, streams, training)
+            else:
+                out = self._loop(leaves, batched, spec)
+        except BaseException:
+            self._restore(snapshot)
+            self.streams.restore(streams)
+            raise
+        self._finish(snapshot, active, training)
+        self.streams.finish_call(streams, active)
+        self._last = (snapshot, streams)
+        return out
+
+    def undo_last(self) -> None:
+        """Put buffers and random streams back to before the last `run`."""
+        if self._last is not None:
+            self._undo(*self._last)
+            self._last = None
+
+    def explain(
+        self, report: Report, leaves: list[Any], batched: list[bool], spec: Spec
+    ) -> None:
+        """Run once without any effect and note in `report` how each operation was computed."""
+        training = self.stack.models[0].training
+        snapshot, streams = self._snapshot(training, everything=True), self.streams.snapshot()
+        kept = (self.tensor_attributes.copy(), self.spread.copy())
+        self.streams.op_index = 0
+        self.record = report.add
+        try:
+            reason = self._reason_to_loop(training)
+            if reason is None:
+                try:
+                    self._batched(leaves, batched, spec, training)
+                except NeedsBatchedFactories:
+                    self.batched_factories = True
+                except Exception as error:
+                    self.batched_factories |= _IN_PLACE in str(error)
+                    if not self.batched_factories:
+                        reason = self._explain_loop(error, leaves, batched, spec, training)
+                if self.batched_factories:
+                    report.operations.clear()
+                    self._undo(snapshot, streams)
+                    try:
+                        self._batched(leaves, batched, spec, training)
+                    except Exception as error:
+                        reason = self._explain_loop(error, leaves, batched, spec, training)
+            report.whole_forward = reason
+            for name in self._slow:
+                report.mark_slow(name)
+        finally:
+            self.record = None
+            self._undo(snapshot, streams)
+            self.tensor_attributes, self.spread = kept
+
+    def _explain_loop(
+        self, error: Exception, leaves: list[Any], batched: list[bool], spec: Spec, training: bool
+    ) -> str:
+        record, self.record = self.record, None
+        self._loop_after(error, leaves, batched, spec, training)
+        self.record = record
+        return self.loop_reasons[training]
+
+    def _reason_to_loop(self, training: bool) -> str | None:
+        if self.stack.has_user_hooks():
+            self._report("forward hooks", "hooks see one model at a time")
+            return "forward hooks"
+        return self.loop_reasons.get(training)
+
+    def _batched_or_loop(
+        self,
+        leaves: list[Any],
+        batched: list[bool],
+        spec: Spec,
+        snapshot: "_Snapshot",
+        streams: Any,
+        training: bool,
+    ) -> Any:
+        try:
+            return self._batched(leaves, batched, spec, training)
+        except NeedsBatchedFactories:
+            self.batched_factories = True
+        except Exception as error:
+            failure = error
+            retry = _IN_PLACE in str(error) and not self.batched_factories
+            self.batched_factories |= retry
+            if not retry:
+                self._undo(snapshot, streams)
+                return self._loop_after(failure, leaves, batched, spec, training)
+        self._undo(snapshot, streams)
+        try:
+            return self._batched(leaves, batched, spec, training)
+        except Exception as error:
+            self._undo(snapshot, streams)
+            return self._loop_after(error, leaves, batched, spec, training)
+
+    def _undo(self, snapshot: "_Snapshot", streams: Any) -> None:
+        self._restore(snapshot)
+        self.streams.restore(streams)
+
+    def _loop_after(
+        self,
+        error: Exception,
+        leaves: list[Any],
+        batched: list[bool],
+        spec: Spec,
+        training: bool,
+    ) -> Any:
+        """Run the models one by one; if that fails too, the call itself was wrong.
+
+        Raises:
+            BatchingError: with `fallback="error"`.
+            the user's own error, as a separate model would raise it.
+        """
+        try:
+            out = self._loop(leaves, batched, spec)
+        except Exception as own:
+            raise own from None
+        name, why = _cause(error)
+        self.loop_reasons[training] = name
+        self._report(name, why, error)
+        return out
+
+    def _report(self, name: str, why: str, error: BaseException | None = None) -> None:
+        text = (
+            f"{name} cannot be batched ({why}); it is computed model by model for this bundle of "
+            f"{self.stack.num_models}. mb.explain(...) tells more"
+        )
+        if self.fallback == "error":
+            raise BatchingError(text) from error
+        if name in self.warned:
+            return
+        self.warned.add(name)
+        if self.fallback == "warn":
+            warnings.warn(text, FallbackWarning, stacklevel=6)
+
+    # ---- all models at once
+
+    def _batched(self, leaves: list[Any], batched: list[bool], spec: Spec, training: bool) -> Any:
+        checking = training not in self.written or self.record is not None
+        results, out_spec = self.batched_leaves(leaves, batched, spec, checking)
+        return unflatten(results, out_spec)
+
+    def batched_leaves(
+        self, leaves: list[Any], batched: list[bool], spec: Spec, checking: bool = False
+    ) -> tuple[list[Any], Spec]:
+        """The flattened outputs `[M, ...]` of one call of all models, and their structure."""
+        stack = self.stack
+        with _FallbackWatch(checking) as watch:
+            with vmap_increment_nesting(stack.num_models, "different") as level:
+                call = self._call(stack.num_models, level, self.streams, checking)
+                wrapped = [
+                    functorch._add_batch_dim(leaf, 0, level) if is_batched else leaf
+                    for leaf, is_batched in zip(leaves, batched)
+                ]
+                args, kwargs = unflatten(wrapped, spec)
+                tensors = [
+                    functorch._add_batch_dim(stack.tensor(slot), 0, level) for slot in stack.slots
+                ]
+                with self._swapped(0, tensors, level) as attributes:
+                    with call:
+                        out = stack.models[0](*args, **kwargs)
+                    self._collect(call, tensors, attributes, level)
+                flat, out_spec = flatten(out)
+                results = [self._leave(leaf, level) for leaf in flat]
+        if checking:
+            self._slow = [name for name, _ in watch.found]
+        for name, why in (*call.loops.items(), *watch.found):
+            self._report(name, why)
+        return results, out_spec
+
+    def _leave(self, leaf: Any, level: int) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return functorch._remove_batch_dim(leaf, level, self.stack.num_models, 0)
+
+    def _call(self, num_models: int, level: int | None, streams: Streams, check: bool) -> Call:
+        strict = None
+        if check and level is not None:
+            strict = {
+                id(module_tensor): slot.name
+                for slot in self.stack.slots
+                for module_tensor in (self._original(slot),)
+            }
+        return Call(
+            num_models,
+            level,
+            streams,
+            device=streams.device,
+            grad_memory=self.grad_memory if level is not None else None,
+            per_model_numbers=level is not None and bool(self.stack.structure.per_model),
+            batched_factories=self.batched_factories and level is not None,
+            record=self.record,
+            strict=strict,
+        )
+
+    def _original(self, slot: Slot) -> Tensor | None:
+        index, attribute = slot.places[0]
+        module = self.stack.modules[0][index]
+        return (module._parameters if slot.is_parameter else module._buffers).get(attribute)
+
+    @contextlib.contextmanager
+    def _swapped(
+        self, i: int, tensors: Sequence[Tensor], level: int | None
+    ) -> Iterator[list[dict[str, Any]]]:
+        """Put tensors (and per-model numbers) into model i's modules for the time of a call.
+
+        Yields, for each module, its `__dict__` as it stands at the start of the call.
+        """
+        modules = self.stack.modules[i]
+        undo: list[tuple[dict[str, Any], str, Any]] = []
+
+        def put(state: dict[str, Any], key: str, value: Any) -> None:
+            undo.append((state, key, state.get(key, _MISSING)))
+            state[key] = value
+
+        try:
+            for slot, tensor in zip(self.stack.slots, tensors):
+                for index, attribute in slot.places:
+                    module = modules[index]
+                    put(
+                        module._parameters if slot.is_parameter else module._buffers,
+                        attribute,
+                        tensor,
+                    )
+            for module in modules:
+                if isinstance(module, nn.RNNBase):
+                    flat = [getattr(module, n, None) for n in module._flat_weights_names]
+                    put(module.__dict__, "_flat_weights", flat)
+                elif isinstance(module, _BatchNorm) and level is not None:
+                    self._override_batch_norm(module, put)
+            if level is not None:
+                for (index, name), number in self.stack.structure.per_model.items():
+                    put(modules[index].__dict__, name, number)
+                for (index, name), (value, has_axis) in self.tensor_attributes.items():
+                    inside = functorch._add_batch_dim(value, 0, level) if has_axis else value
+                    modules[index].__dict__[name] = inside
+            yield [dict(module.__dict__) for module in modules]
+        finally:
+            for state, key, value in reversed(undo):
+                if value is _MISSING:
+                    state.pop(key, None)
+                else:
+                    state[key] = value
+
+    def _override_batch_norm(self, module: _BatchNorm, put: Callable[..., None]) -> None:
+        """A cumulative average divides by a count that differs between models."""
+        index = self.stack.modules[0].index(module)
+        number = self.stack.structure.per_model.get((index, "momentum"))
+        cumulative = module.momentum is None or (number is not None and None in number.values)
+        if cumulative and type(module).forward is _BatchNorm.forward:
+            put(module.__dict__, "forward", functools.partial(cumulative_batch_norm, module))
+
+    def _collect(
+        self,
+        call: Call,
+        tensors: Sequence[Tensor],
+        attributes: Sequence[dict[str, Any]],
+        level: int,
+    ) -> None:
+        """Bring what the forward assigned back to the stack and to every model."""
+        stack, modules = self.stack, self.stack.modules[0]
+        known = {place for slot in stack.slots for place in slot.places}
+        for slot, tensor in zip(list(stack.slots), tensors):
+            if slot.is_parameter:
+                continue
+            index, attribute = slot.places[0]
+            now = modules[index]._buffers.get(attribute)
+            if now is not tensor and now is not None:
+                with torch.no_grad():
+                    stack.replace_buffer(slot, self._leave(now, level).detach())
+        for index, module in enumerate(modules):
+            for attribute, now in module._buffers.items():
+                if now is not None and (index, attribute) not in known:
+                    stack.add_buffer(index, attribute, self._leave(now, level))
+            before = attributes[index]
+            for name, value in module.__dict__.items():
+                if before.get(name, _MISSING) is value or name in _KEPT_ENTRIES:
+                    continue
+                if name not in MODULE_INTERNALS:
+                    self._spread(call, index, name, value)
+
+    def _spread(self, call: Call, index: int, name: str, value: Any) -> None:
+        """Give every model its own value of an attribute that the forward set."""
+        stack = self.stack
+        self.spread.add((index, name))
+        leaves, _ = tree_flatten(value)
+        if isinstance(value, Tensor):
+            physical, has_axis = call.unwrap(value)
+            self.tensor_attributes[index, name] = (physical.detach(), has_axis)
+        else:
+            self.tensor_attributes.pop((index, name), None)
+        if not any(call.is_batched(leaf) for leaf in leaves):
+            for modules in stack.modules:
+                modules[index].__dict__[name] = value
+            return
+        split = {
+            id(leaf): call.unwrap(leaf)[0].unbind(0) for leaf in leaves if call.is_batched(leaf)
+        }
+        for i, modules in enumerate(stack.modules):
+
+            def pick(leaf: Any, i: int = i) -> Any:
+                return split[id(leaf)][i] if id(leaf) in split else leaf
+
+            modules[index].__dict__[name] = tree_map(pick, value)
+
+    # ---- one after another
+
+    def _loop(self, leaves: list[Any], batched: list[bool], spec: Spec) -> Any:
+        """Call each model's own modules with its slice of the stacked tensors."""
+        stack = self.stack
+        unbound = [stack.tensor(slot).unbind(0) for slot in stack.slots]
+        columns = [
+            leaf.unbind(0) if is_batched else (leaf,) * stack.num_models
+            for leaf, is_batched in zip(leaves, batched)
+        ]
+        flat_results: list[list[Any]] = []
+        out_spec: Any = None
+        first_spec: Any = None
+        assigned: dict[int, list[Tensor]] = {}
+        op_index = 0
+        for i in range(stack.num_models):
+            args, kwargs = unflatten([column[i] for column in columns], spec)
+            tensors = [
+                slices[i] if slot.is_parameter else self._own_buffer(i, slot)
+                for slot, slices in zip(stack.slots, unbound)
+            ]
+            streams = self.streams.fork(i) if self.streams.kind == "philox" else self.streams
+            call = self._call(1, None, streams, False)
+            with self._swapped(i, tensors, None):
+                with call, self._torch_state(i):
+                    out = stack.models[i](*args, **kwargs)
+                self._collect_assigned(i, tensors, assigned)
+            op_index = max(op_index, streams.op_index)
+            flat, out_spec = flatten(out)
+            first_spec = first_spec or out_spec
+            flat_results.append(flat)
+        self.streams.op_index = op_index
+        with torch.no_grad():
+            for position, values in assigned.items():
+                stack.replace_buffer(stack.slots[position], torch.stack(values))
+        return unflatten(self._stack_results(flat_results), first_spec)
+
+    def _own_buffer(self, i: int, slot: Slot) -> Tensor:
+        index, attribute = slot.places[0]
+        buffer = self.stack.modules[i][index]._buffers[attribute]
+        assert buffer is not None
+        return buffer
+
+    def _collect_assigned(
+        self, i: int, tensors: Sequence[Tensor], assigned: dict[int, list[Tensor]]
+    ) -> None:
+        modules = self.stack.modules[i]
+        for position, (slot, tensor) in enumerate(zip(self.stack.slots, tensors)):
+            if slot.is_parameter:
+                continue
+            index, attribute = slot.places[0]
+            now = modules[index]._buffers[attribute]
+            if now is not tensor or position in assigned:
+                rows = assigned.setdefault(position, list(self.stack.tensor(slot).unbind(0)))
+                assert now is not None
+                rows[i] = now.detach()
+
+    @contextlib.contextmanager
+    def _torch_state(self, i: int) -> Iterator[None]:
+        if self.streams.kind == "torch":
+            from .random import torch_rng
+
+            with torch_rng(self.streams.device), self.streams.as_model(i):
+                yield
+        else:
+            yield
+
+    def _stack_results(self, rows: list[list[Any]]) -> list[Any]:
+        results: list[Any] = []
+        for column in zip(*rows):
+            first = column[0]
+            if isinstance(first, Tensor):
+                if any(t.shape != first.shape for t in column):
+                    shapes = [tuple(t.shape) for t in column]
+                    raise BatchingError(f"the models' outputs have different shapes: {shapes}")
+                results.append(torch.stack(column))
+            else:
+                results.append(first)
+        return results
+
+    # ---- undo, and frozen models
+
+    def _snapshot(self, training: bool, everything: bool) -> "_Snapshot":
+        names = None if everything else self.written.get(training, set())
+        return _Snapshot(self.stack, names)
+
+    def _restore(self, snapshot: "_Snapshot") -> None:
+        snapshot.restore_all()
+
+    def _finish(self, snapshot: "_Snapshot", active: Tensor | None, training: bool) -> None:
+        written = snapshot.written()
+        self.written[training] = self.written.get(training, set()) | written
+        if active is not None and written:
+            snapshot.restore_rows(~active)
+
+
+class _Snapshot:
+    """Copies of buffers, to undo what a failed forward did or to keep frozen models' rows."""
+
+    def __init__(self, stack: Stack, names: set[str] | None):
+        self.stack = stack
+        self.copies = [
+            (slot, tensor, tensor._version, tensor.detach().clone())
+            for slot in stack.slots
+            if not slot.is_parameter and (names is None or slot.name in names)
+            for tensor in (stack.tensor(slot),)
+        ]
+
+    def written(self) -> set[str]:
+        return {
+            slot.name
+            for slot, tensor, version, copy in self.copies
+            if self.stack.tensor(slot) is not tensor
+            or tensor._version != version
+            or not _same_bits(tensor, copy)
+        }
+
+    def restore_all(self) -> None:
+        for slot, tensor, version, copy in self.copies:
+            if self.stack.tensor(slot) is not tensor:
+                self.stack.register(slot, tensor)
+                self.stack.repoint_buffer_objects(slot)
+            if tensor._version != version or not _same_bits(tensor, copy):
+                tensor.data.copy_(copy)
+
+    def restore_rows(self, rows: Tensor) -> None:
+        for slot, _, _, copy in self.copies:
+            now = self.stack.tensor(slot)
+            if now.shape == copy.shape and now.dtype == copy.dtype:
+                now.data[rows] = copy[rows]
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    if a.is_meta or not a.numel():
+        return True
+    return bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+class _FallbackWatch:
+    """Notices operations that torch's vmap loops over, while a bundle's first forwards run."""
+
+    def __init__(self, enabled: bool):
+        self.enabled = enabled
+        self.found: list[tuple[str, str]] = []
+
+    def __enter__(self) -> "_FallbackWatch":
+        if self.enabled:
+            self.before = functorch._is_vmap_fallback_enabled()
+            functorch._set_vmap_fallback_warning_enabled(True)
+            self.catcher = warnings.catch_warnings(record=True)
+            self.caught = self.catcher.__enter__()
+            warnings.simplefilter("always")
+        return self
+
+    def __exit__(self, *exc_info: Any) -> None:
+        if not self.enabled:
+            return
+        self.catcher.__exit__(*exc_info)
+        functorch._set_vmap_fallback_warning_enabled(False)
+        for item in self.caught or ():
+            text = str(item.message)
+            match = _SLOW_RULE.search(text) if "performance drop" in text else None
+            if match is None:
+                warnings.warn_explicit(item.message, item.category, item.filename, item.lineno)
+            else:
+                name = (match.group(1) or match.group(2)).rstrip(".")
+                self.found.append((name, "torch has no batching rule for it"))
+
+
+def _cause(error: Exception) -> tuple[str, str]:
+    """A name for what could not be batched, and why, from the error of the batched run."""
+    text = str(error)
+    match = re.search(r"[Bb]atching rule not implemented for (\S+?)[;,. ]", text + " ")
+    if match:
+        return match.group(1), "torch has no batching rule for it"
+    if "data-dependent control flow" in text:
+        return "data-dependent control flow", "a branch of the forward depends on a tensor's value"
+    if ".item()" in text:
+        return "Tensor.item()", "the forward reads a tensor's value"
+    first = text.splitlines()[0] if text else ""
+    return "the forward", f"{type(error).__name__}: {first}"
+

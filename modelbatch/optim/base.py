@@ -1,0 +1,200 @@
+"""What every optimizer of a bundle shares: one group and one state per model."""
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..errors import ModelBatchError
+from .configs import stock_optimizer
+from .gradients import GradientViews
+
+__all__ = ["PerModelOptimizer", "unhooked_step"]
+
+
+def unhooked_step(optimizer_cls: type[Optimizer]) -> Callable[..., Any]:
+    """The class's own step without the hook runner that torch wraps around it.
+
+    torch wraps the step of every class that was ever instantiated. The bundle's own step is
+    wrapped too, so calling the wrapped one from there would run all hooks twice.
+    """
+    step = optimizer_cls.step
+    return step.__wrapped__ if getattr(step, "hooked", False) else step  # type: ignore[attr-defined]
+
+
+class PerModelOptimizer(Optimizer):
+    """The part of a bundle's optimizer that does not depend on the rule of the update.
+
+    A mixin before a torch optimizer class: group i holds all parameters of model i.
+    """
+
+    _views: GradientViews
+    _optimizer_cls: type[Optimizer]
+    _configs: list[dict[str, Any]]
+    _complete: bool = False
+
+    # Gradient clipping, GradScaler and whatever else walks over the groups of an optimizer reads
+    # the gradients there, so asking for the groups is what brings them up to date.
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """M parameter groups, one per model, in model order."""
+        if self._complete:
+            self._views.refresh()
+        return self.__dict__["param_groups"]
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.__dict__["param_groups"] = groups
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clears the gradients of all models.
+
+        Args:
+            set_to_none: set them to None instead of zero.
+        """
+        self._views.clear(set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused: the groups of this optimizer are the models of the bundle."""
+        if self._complete:
+            raise ModelBatchError(
+                "a bundle's optimizer has exactly one parameter group per model, so no group can "
+                "be added; to change one model's options write optimizer.param_groups[i][...]"
+            )
+        # The group comes complete from the model's stock optimizer. torch's own method would look
+        # through all groups before it at every call.
+        for option, default in self.defaults.items():
+            param_group.setdefault(option, default)
+        self.__dict__["param_groups"].append(param_group)
+
+    def model_state_dict(self, i: int) -> dict[str, Any]:
+        """The state of model i as its own stock torch optimizer would save it.
+
+        Args:
+            i: the model's index; a negative one counts from the end.
+
+        Returns:
+            A state dict with one group, whose parameters are numbered from 0, that the same torch
+            class loads for `models[i].parameters()`. Every tensor in it is a copy.
+        """
+        i = self._model_index(i)
+        group = self.__dict__["param_groups"][i]
+        options = {name: _cloned(value) for name, value in group.items() if name != "params"}
+        state = {
+            k: _cloned(self.state[param])
+            for k, param in enumerate(group["params"])
+            if param in self.state
+        }
+        return {
+            "state": state,
+            "param_groups": [{**options, "params": list(range(len(group["params"])))}],
+        }
+
+    def load_model_state_dict(self, i: int, state_dict: Mapping[str, Any]) -> None:
+        """Takes the state of model i from a stock state dict of the same torch class.
+
+        Args:
+            i: the model's index; a negative one counts from the end.
+            state_dict: what `optimizer_cls(model.parameters()).state_dict()` or
+                `model_state_dict` gave. Its tensors are copied.
+
+        Raises:
+            ModelBatchError: it is no such state dict, or its parameters are not those of the
+                model. Nothing has been changed then.
+        """
+        i = self._model_index(i)
+        group = self.__dict__["param_groups"][i]
+        params: list[nn.Parameter] = group["params"]
+        saved = self._checked_group(i, state_dict)
+        stock = stock_optimizer(self._optimizer_cls, params, self._configs[i], i)
+        needed = stock.param_groups[0].keys()
+        indices = {key: index for index, key in enumerate(saved["params"])}
+        for key, values in state_dict["state"].items():
+            if key not in indices:
+                raise ModelBatchError(
+                    f"model {i}: the state dict has state of a parameter {key!r} that is in none "
+                    f"of its groups"
+                )
+            self._check_state(i, indices[key], params[indices[key]], values)
+        try:
+            stock.load_state_dict(
+                {"state": _cloned(state_dict["state"]), "param_groups": [_cloned(saved)]}
+            )
+        except Exception as error:
+            raise ModelBatchError(f"model {i}: the state dict cannot be loaded: {error}") from error
+        loaded = stock.param_groups[0]
+        if missing := needed - loaded.keys():
+            raise ModelBatchError(
+                f"model {i}: the state dict lacks the option {', '.join(sorted(missing))} of "
+                f"{self._optimizer_cls.__name__}; another class may have saved it"
+            )
+        group.update({name: value for name, value in loaded.items() if name != "params"})
+        for param in params:
+            self.state.pop(param, None)
+            if param in stock.state:
+                self.state[param] = stock.state[param]
+
+    def _checked_group(self, i: int, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+        """The one group of a state dict for model i, once it fits that model."""
+        if not isinstance(state_dict, Mapping) or not state_dict.keys() >= {
+            "state",
+            "param_groups",
+        }:
+            raise ModelBatchError(
+                f"model {i}: this is no state dict of an optimizer, it lacks 'state' or "
+                f"'param_groups'"
+            )
+        groups = state_dict["param_groups"]
+        if len(groups) != 1:
+            raise ModelBatchError(
+                f"model {i}: the state dict has {len(groups)} parameter groups, that of one model "
+                f"has one; a whole bundle's is for load_state_dict"
+            )
+        count = len(self.__dict__["param_groups"][i]["params"])
+        if len(groups[0]["params"]) != count:
+            raise ModelBatchError(
+                f"model {i}: the state dict is of {len(groups[0]['params'])} parameters, the model "
+                f"has {count}"
+            )
+        return dict(groups[0])
+
+    def _check_state(
+        self, i: int, index: int, param: nn.Parameter, values: Mapping[str, Any]
+    ) -> None:
+        # State of as many axes as the parameter has the parameter's shape, or is a reduction of it.
+        for key, value in values.items():
+            if (
+                isinstance(value, Tensor)
+                and value.ndim == param.ndim
+                and any(
+                    size not in (1, own) for size, own in zip(value.shape, param.shape, strict=True)
+                )
+            ):
+                raise ModelBatchError(
+                    f"model {i}: state {key!r} of parameter {index} has the shape "
+                    f"{tuple(value.shape)}, the parameter {tuple(param.shape)}"
+                )
+
+    def _model_index(self, i: int) -> int:
+        num_models = self._views.num_models
+        if not -num_models <= i < num_models:
+            raise ModelBatchError(f"there is no model {i} in a bundle of {num_models}")
+        return i % num_models
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise TypeError(
+            "a bundle's optimizer cannot be copied or pickled, since it belongs to its bundle's "
+            "parameters; use state_dict() or model_state_dict(i)"
+        )
+
+
+def _cloned(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return {key: _cloned(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_cloned(item) for item in value)
+    return copy.deepcopy(value)

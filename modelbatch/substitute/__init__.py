@@ -1,0 +1,17 @@
+"""Rules for torch functions inside a bundle's forward; importing this package registers them."""
+
+from . import attention, dense, embedding, norm, random_ops
+from .dense import GradMemory
+from .mode import RULES, Call, NeedsBatchedFactories
+
+__all__ = [
+    "RULES",
+    "Call",
+    "GradMemory",
+    "NeedsBatchedFactories",
+    "attention",
+    "dense",
+    "embedding",
+    "norm",
+    "random_ops",
+]
