@@ -112,13 +112,14 @@ class Stacked:
             parameter.grad = None
 
 
-def max_pool(x):
-    return F.max_pool2d(x.flatten(0, 1), 2).unflatten(0, x.shape[:2])
+def folded(function, x, *args):
+    """Applies a function without parameters to all models' samples as one batch."""
+    return function(x.flatten(0, 1), *args).unflatten(0, x.shape[:2])
 
 
 def stacked_lenet(net, x, relu):
-    x = max_pool(relu(net.conv(x, "conv1", 1, 2)))
-    x = max_pool(relu(net.conv(x, "conv2"))).flatten(2)
+    x = folded(F.max_pool2d, relu(net.conv(x, "conv1", 1, 2)), 2)
+    x = folded(F.max_pool2d, relu(net.conv(x, "conv2")), 2).flatten(2)
     return net.linear(relu(net.linear(relu(net.linear(x, "fc1")), "fc2")), "fc3")
 
 
@@ -128,8 +129,8 @@ def stacked_resnet8(net, x, relu):
         name = f"blocks.{index}"
         y = relu(net.norm(net.conv(x, f"{name}.conv1", stride, 1), f"{name}.bn1"))
         y = net.norm(net.conv(y, f"{name}.conv2", 1, 1), f"{name}.bn2")
-        x = relu(y + shortcut(x, stride, extra))
-    return net.linear(x.mean((-2, -1)), "fc")
+        x = relu(y + folded(shortcut, x, stride, extra))
+    return net.linear(folded(torch.mean, x, (-2, -1)), "fc")
 
 
 NETWORKS = {

@@ -60,6 +60,12 @@ class _TracedForward(Forward):
         return call
 
 
+def _trace(function: Callable[..., Any]) -> Callable[..., Any]:
+    # an empty table keeps detach() in the graph; the default one drops it, and gradients with it
+    traced: Callable[..., Any] = make_fx(function, {}, tracing_mode="fake")
+    return traced
+
+
 class _Graph:
     """One compiled graph and how to put its results back together."""
 
@@ -206,10 +212,10 @@ class Compiled:
             streams.step,
         )
         try:
-            graph = make_fx(core, tracing_mode="fake")(*arguments)
+            graph = _trace(core)(*arguments)
         except NeedsBatchedFactories:
             found["batched_factories"] = True
-            graph = make_fx(core, tracing_mode="fake")(*arguments)
+            graph = _trace(core)(*arguments)
         run = torch.compile(graph, **self.options)
         return _Graph(run, found["spec"], found["constants"], found["draws"])
 
@@ -236,7 +242,7 @@ class Compiled:
             for value in values
             if isinstance(value, Tensor)
         ]
-        graph = make_fx(core, tracing_mode="fake")(tensors)
+        graph = _trace(core)(tensors)
         return _Graph(torch.compile(graph, **self.options), None, [_TENSOR], 0)
 
     @staticmethod

@@ -117,22 +117,23 @@ static void NAME(backward_planar)(const void* grad_y_, const void* x_, const dou
                                   mb_norm_size size, int64_t begin, int64_t end,
                                   double* grad_weight, double* grad_bias, void* grad_x_) {
   const int64_t B = size.batch, S = size.positions, step = size.channels * S;
-  const int64_t whole = S - S % LANES;
+  const int64_t whole = S - S % (2 * LANES);
   const double count = (double)(B * S);
   for (int64_t c = begin; c < end; ++c) {
     const STORAGE* x = (const STORAGE*)x_ + c * S;
     const STORAGE* grad_y = (const STORAGE*)grad_y_ + c * S;
     const double m = mean[c];
 
-    f64x8 sums = {0}, dots = {0};
-    const f64x8 zero = {0};
+    f64x8 sum0 = {0}, sum1 = {0}, dot0 = {0}, dot1 = {0};
     double tail_sum = 0.0, tail_dot = 0.0;
     for (int64_t b = 0; b < B; ++b) {
       const STORAGE *gs = grad_y + b * step, *xs = x + b * step;
-      for (int64_t s = 0; s < whole; s += LANES) {
-        const f64x8 g = NAME(load_wide)(gs + s);
-        sums += g;
-        dots += g * (NAME(load_wide)(xs + s) - m);
+      for (int64_t s = 0; s < whole; s += 2 * LANES) {
+        const f64x8 g0 = NAME(load_wide)(gs + s), g1 = NAME(load_wide)(gs + s + LANES);
+        sum0 += g0;
+        sum1 += g1;
+        dot0 += g0 * (NAME(load_wide)(xs + s) - m);
+        dot1 += g1 * (NAME(load_wide)(xs + s + LANES) - m);
       }
       for (int64_t s = whole; s < S; ++s) {
         const double g = (double)WIDEN(gs[s]);
@@ -140,8 +141,8 @@ static void NAME(backward_planar)(const void* grad_y_, const void* x_, const dou
         tail_dot += g * ((double)WIDEN(xs[s]) - m);
       }
     }
-    grad_bias[c] = sum_lanes(&sums, &zero) + tail_sum;
-    grad_weight[c] = (sum_lanes(&dots, &zero) + tail_dot) / sqrt(var[c] + eps);
+    grad_bias[c] = sum_lanes(&sum0, &sum1) + tail_sum;
+    grad_weight[c] = (sum_lanes(&dot0, &dot1) + tail_dot) / sqrt(var[c] + eps);
     if (grad_x_ == NULL) continue;
 
     STORAGE* grad_x = (STORAGE*)grad_x_ + c * S;
