@@ -1,7 +1,8 @@
 """Training steps of convolutional bundles against separate models, without an optimizer.
 
-Each round runs every variant once, in turn, and the table shows medians over rounds of the time divided
-by that of the separate models in the same round: a neighbour on the machine then disturbs all alike.
+Each round runs every variant once, in turn, and the table shows medians over rounds of the time
+divided by that of the separate models in the same round: a neighbour on the machine then disturbs
+all alike.
 
     python benchmarks/conv.py --network resnet8 --models 8 32 --rounds 9
 """

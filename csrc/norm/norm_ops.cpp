@@ -193,9 +193,11 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_train_backward_cpu(
                grad_bias.data() + at, need_input ? to + model * to_step : nullptr);
       });
   const ScalarType wide = weight.has_value() ? weight->scalar_type() : accumulation_dtype(input);
-  const Tensor none = empty_stacked({0}, false, input);
-  return {grad_input, need_weight ? rounded(grad_weight, per_channel, input, wide) : none,
-          need_bias ? rounded(grad_bias, per_channel, input, wide) : none};
+  // Outputs must not alias, so each missing one is a tensor of its own.
+  const auto rounded_if = [&](bool need, const std::vector<double>& values) {
+    return need ? rounded(values, per_channel, input, wide) : empty_stacked({0}, false, input);
+  };
+  return {grad_input, rounded_if(need_weight, grad_weight), rounded_if(need_bias, grad_bias)};
 }
 
 }  // namespace

@@ -1,13 +1,13 @@
 """Convolutions of stacked models: every model's own convolution inside one operator.
 
-`torch.vmap` turns a convolution with stacked weights into one grouped convolution, which on a CPU is
-slower than the models one after another. `convolution` runs each model's own convolution, one thread
-per model, and writes the results into one stacked tensor.
+`torch.vmap` turns a convolution with stacked weights into one grouped convolution, which on a CPU
+is slower than the models one after another. `convolution` runs each model's own convolution, one
+thread per model, and writes the results into one stacked tensor.
 
-On the CPU the result of a model depends neither on the other models, nor on its slot, nor on the number
-of threads: torch computes it with the same single-threaded plan every time. It equals what torch
-computes for that model alone to rounding; torch alone may plan for several threads, which splits the
-sums of the weight gradient differently.
+On the CPU the result of a model depends neither on the other models, nor on its slot, nor on the
+number of threads: torch computes it with the same single-threaded plan every time. It equals what
+torch computes for that model alone to rounding; torch alone may plan for several threads, which
+splits the sums of the weight gradient differently.
 
 On other devices the convolution is written in torch's own operators; see `_uses_grouped`.
 """
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from modelbatch import _extension as _extension  # Registers the operators.
 from modelbatch.errors import ModelBatchError
+from modelbatch.ops.autograd import register_autograd
 
 _convolution = torch.ops.modelbatch.convolution.default
 _convolution_backward = torch.ops.modelbatch.convolution_backward.default
@@ -41,9 +42,10 @@ def convolution(
 ) -> Tensor:
     """Convolves every model's input with that model's weight.
 
-    The options are those of `torch.nn.functional.conv1d` to ``conv3d`` and, with ``transposed=True``, of
-    ``conv_transpose1d`` to ``conv_transpose3d``; the weight's rank tells the number of spatial
-    dimensions. Under autocast the tensors are cast as torch casts them for a single model.
+    The options are those of `torch.nn.functional.conv1d` to ``conv3d`` and, with
+    ``transposed=True``, of ``conv_transpose1d`` to ``conv_transpose3d``; the weight's rank tells
+    the number of spatial dimensions. Under autocast the tensors are cast as torch casts them for a
+    single model.
 
     Args:
         input: ``[M, B, C, *S]``, or ``[B, C, *S]`` for one input that all models share.
@@ -60,8 +62,8 @@ def convolution(
         ``[M, B, O, *S']``; the slices of the models are channels_last where those of ``input`` are.
 
     Raises:
-        ModelBatchError: the ranks of the tensors, or the number of values of an option, do not fit, or
-            ``padding`` is a string that is unknown or that does not go with the other options.
+        ModelBatchError: the ranks of the tensors, or the number of values of an option, do not fit,
+            or ``padding`` is a string that is unknown or does not go with the other options.
         RuntimeError: other shapes, dtypes or values do not fit.
     """
     spatial_dims = weight.dim() - 3
@@ -232,8 +234,8 @@ def _convolution_backward_fake(
 
 
 # ---- autograd -----------------------------------------------------------------------------------
-# The derivatives of a convolution are convolutions, so both formulas call the operators themselves and
-# can be differentiated any number of times.
+# The derivatives of a convolution are convolutions, so both formulas call the operators themselves
+# and can be differentiated any number of times.
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -245,7 +247,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     input, weight = ctx.saved_tensors
-    needs = ctx.needs_input_grad[:2] + (ctx.has_bias and ctx.needs_input_grad[2],)
+    needs = (*ctx.needs_input_grad[:2], ctx.has_bias and ctx.needs_input_grad[2])
     grads = _convolution_backward(grad, input, weight, *ctx.options, *needs)
     return *(g if need else None for g, need in zip(grads, needs, strict=True)), *[None] * 6
 
@@ -284,30 +286,22 @@ def _backward_of_backward(
     return from_grad_output, from_input, from_weight, *[None] * 9
 
 
-torch.library.register_autograd(
-    "modelbatch::convolution", _backward, setup_context=_setup_context
-)
-torch.library.register_autograd(
-    "modelbatch::convolution_backward",
-    _backward_of_backward,
-    setup_context=_setup_backward_context,
+register_autograd("convolution", _backward, setup_context=_setup_context)
+register_autograd(
+    "convolution_backward", _backward_of_backward, setup_context=_setup_backward_context
 )
 
 
 # ---- vmap: an outer axis is a loop over bundles -------------------------------------------------
 
 
-def _slices(
-    tensors: Sequence[Any], in_dims: Sequence[int | None], index: int
-) -> list[Any]:
+def _slices(tensors: Sequence[Any], in_dims: Sequence[int | None], index: int) -> list[Any]:
     return [
         t if dim is None else t.select(dim, index) for t, dim in zip(tensors, in_dims, strict=True)
     ]
 
 
-def _convolution_vmap(
-    info: Any, in_dims: tuple[int | None, ...], *args: Any
-) -> tuple[Tensor, int]:
+def _convolution_vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
     outputs = [
         _convolution(*_slices(args[:3], in_dims[:3], index), *args[3:])
         for index in range(info.batch_size)
@@ -364,8 +358,9 @@ for _device_type, _key in (
 
 # ---- other devices: torch's own operators -------------------------------------------------------
 
-# Multiply-adds of one model above which a GPU is taken to be busy with one model at a time. Derived, not
-# measured: 2**28 take some 10 us at 25 T multiply-adds/s, about as long as launching a kernel.
+# Multiply-adds of one model above which a GPU is taken to be busy with one model at a time.
+# Derived, not measured: 2**28 take some 10 us at 25 T multiply-adds/s, about as long as launching a
+# kernel.
 _BUSY_MULTIPLY_ADDS = 2**28
 
 
@@ -374,11 +369,11 @@ def _uses_grouped(
 ) -> bool:
     """Whether all models become one grouped convolution; otherwise they follow one another.
 
-    Grouped convolution needs one launch for all models but has slower kernels, so it is for models that
-    are too small to fill the device alone. The limit has not been measured on a GPU.
+    Grouped convolution needs one launch for all models but has slower kernels, so it is for models
+    that are too small to fill the device alone. The limit has not been measured on a GPU.
     """
     kernel = weight.shape[2:].numel()
-    positions = (input.shape[input.dim() - weight.dim() + 3 :] if transposed else output_sizes[3:])
+    positions = input.shape[input.dim() - weight.dim() + 3 :] if transposed else output_sizes[3:]
     multiply_adds = output_sizes[1] * weight.shape[1] * kernel
     for length in positions:
         multiply_adds *= length
@@ -450,10 +445,11 @@ def _convolution_backward_composite(
     sizes = grad_output.shape
     channels_last = _has_channels_last_slices(input, 0 if is_shared else 1)
     input_sizes = [num_models, *input.shape] if is_shared else list(input.shape)
-    none = weight.new_empty([0])
-    grad_input = _empty_stacked(input, input_sizes, channels_last) if need_input else none
-    grad_weight = weight.new_empty(weight.shape) if need_weight else none
-    grad_bias = weight.new_empty([num_models, sizes[2]]) if need_bias else none
+    grad_input = weight.new_empty([0])
+    if need_input:
+        grad_input = _empty_stacked(input, input_sizes, channels_last)
+    grad_weight = weight.new_empty(weight.shape if need_weight else [0])
+    grad_bias = weight.new_empty([num_models, sizes[2]] if need_bias else [0])
     targets = (grad_input, grad_weight, grad_bias)
     aten_backward = torch.ops.aten.convolution_backward.default
     if _uses_grouped(input, weight, sizes, transposed):
@@ -468,8 +464,8 @@ def _convolution_backward_composite(
         )
         if need_input:
             grad_input.copy_(grads[0].unflatten(1, (num_models, -1)).transpose(0, 1))
-        for target, grad in zip(targets[1:], grads[1:], strict=True):
-            if grad is not None and target is not none:
+        for target, grad, need in zip(targets[1:], grads[1:], needs[1:], strict=True):
+            if need:
                 target.copy_(grad.view_as(target))
     else:
         for model in range(num_models):
@@ -486,6 +482,4 @@ def _convolution_backward_composite(
 
 
 _library.impl("convolution", _convolution_composite, "CompositeExplicitAutograd")
-_library.impl(
-    "convolution_backward", _convolution_backward_composite, "CompositeExplicitAutograd"
-)
+_library.impl("convolution_backward", _convolution_backward_composite, "CompositeExplicitAutograd")

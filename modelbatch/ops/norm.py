@@ -1,8 +1,8 @@
 """Batch normalisation of stacked models, every model with its own batch statistics.
 
-On the CPU one kernel computes the statistics of a channel and normalises it while it is in cache. Sums
-are float64 for every dtype, and each channel's additions have one fixed order, so the result of a model
-depends neither on the other models nor on the number of threads.
+On the CPU one kernel computes the statistics of a channel and normalises it while it is in cache.
+Sums are float64 for every dtype, and each channel's additions have one fixed order, so the result
+of a model depends neither on the other models nor on the number of threads.
 """
 
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from modelbatch import _extension as _extension  # Registers the operators.
 from modelbatch.errors import ModelBatchError
+from modelbatch.ops.autograd import register_autograd
 from modelbatch.ops.conv import _empty_stacked, _has_channels_last_slices
 
 _batch_norm_train = torch.ops.modelbatch.batch_norm_train.default
@@ -24,8 +25,8 @@ def batch_norm_train(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Normalises every channel of every model by its statistics over the batch.
 
-    The statistics are not differentiable outputs: they are for the running averages, which the caller
-    keeps. Weight and bias may be wider than the input, as under autocast.
+    The statistics are not differentiable outputs: they are for the running averages, which the
+    caller keeps. Weight and bias may be wider than the input, as under autocast.
 
     Args:
         input: ``[M, B, C, *S]``; float32, float64, bfloat16 or float16.
@@ -34,8 +35,8 @@ def batch_norm_train(
         eps: float64 ``[M]``.
 
     Returns:
-        The output, of the shape, dtype and slice layout of ``input``, and the mean and the biased variance,
-        ``[M, C]``, float64 for float64 and float32 for all others.
+        The output, of the shape, dtype and slice layout of ``input``, and the mean and the biased
+        variance, ``[M, C]``, float64 for float64 and float32 for all others.
 
     Raises:
         ModelBatchError: a channel has one element only, which has no variance.
@@ -97,7 +98,8 @@ def _backward_formula(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of input, weight and bias in the accumulation dtype, differentiable.
 
-    The statistics are computed again, so that their own dependence on the input is differentiated too.
+    The statistics are computed again, so that their own dependence on the input is differentiated
+    too.
     """
     wide = _wide(input.dtype)
     x, grad = input.to(wide), grad_output.to(wide)
@@ -197,7 +199,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ..
     if grad is None:
         return None, None, None, None
     input, weight, mean, var, eps = ctx.saved_tensors
-    need_input, need_weight, need_bias, _ = ctx.needs_input_grad
+    need_input, need_weight, need_bias = ctx.needs_input_grad[:3]
     grad_input, grad_weight, grad_bias = _batch_norm_train_backward(
         grad, input, weight, mean, var, eps, need_input, need_weight, need_bias
     )
@@ -224,7 +226,7 @@ def _backward_of_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | Non
         return _backward_formula(tensors[0], tensors[1], own_weight, eps)
 
     variables = [grad_output, input] + ([] if weight is None else [weight])
-    results, vjp = torch.func.vjp(gradients, *variables)
+    results, vjp = torch.func.vjp(gradients, *variables)  # type: ignore[misc]
     cotangents = tuple(
         torch.zeros_like(result) if grad is None or not need else grad.to(wide)
         for result, grad, need in zip(results, grads, ctx.needs, strict=True)
@@ -233,13 +235,9 @@ def _backward_of_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | Non
     return from_grad_output, from_input, *(from_weight or [None]), *[None] * 6
 
 
-torch.library.register_autograd(
-    "modelbatch::batch_norm_train", _backward, setup_context=_setup_context
-)
-torch.library.register_autograd(
-    "modelbatch::batch_norm_train_backward",
-    _backward_of_backward,
-    setup_context=_setup_backward_context,
+register_autograd("batch_norm_train", _backward, setup_context=_setup_context)
+register_autograd(
+    "batch_norm_train_backward", _backward_of_backward, setup_context=_setup_backward_context
 )
 
 
@@ -263,9 +261,10 @@ def _make_vmap(op: Any, num_tensors: int) -> Any:
         dims = list(in_dims[:num_tensors])
         folded = [_fold(t, d, info.batch_size) for t, d in zip(args, dims, strict=False)]
         outputs = op(*folded, *args[num_tensors:])
-        empty = outputs[0].new_empty([info.batch_size, 0])
+        # A gradient that is not needed has the shape [0].
         unfolded = tuple(
-            t.unflatten(0, (info.batch_size, -1)) if t.dim() > 1 else empty for t in outputs
+            t.unflatten(0, (info.batch_size, -1)) if t.dim() > 1 else t.view(info.batch_size, 0)
+            for t in outputs
         )
         return unfolded, (0, 0, 0)
 

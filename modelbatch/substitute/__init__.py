@@ -1,6 +1,6 @@
 """Rules for torch functions inside a bundle's forward; importing this package registers them."""
 
-from . import attention, dense, embedding, norm, random_ops
+from . import attention, conv, dense, embedding, norm, random_ops
 from .dense import GradMemory
 from .mode import RULES, Call, NeedsBatchedFactories
 
@@ -10,6 +10,7 @@ __all__ = [
     "GradMemory",
     "NeedsBatchedFactories",
     "attention",
+    "conv",
     "dense",
     "embedding",
     "norm",
