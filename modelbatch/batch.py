@@ -117,6 +117,7 @@ class ModelBatch(nn.Module):
         self._looped_losses: set[Any] = set()
         self._compiled: Compiled | None = None
         self._optimizer: Optimizer | None = None
+        self._recipe: tuple[type[Optimizer], Sequence[dict[str, Any]]] | None = None
         self.training = models[0].training
         for node, module in zip(self._stack.nodes, self._stack.modules[0]):
             node.training = module.training
@@ -208,6 +209,9 @@ class ModelBatch(nn.Module):
     def active(self) -> Tensor:
         """bool `[M]`: which models train."""
         return torch.tensor(self._active, dtype=torch.bool, device=self._streams.device)
+
+    def _is_active(self) -> list[bool]:
+        return self._active
 
     def freeze(self, models: int | Iterable[int]) -> None:
         """Stop training some models: nothing of theirs changes by one bit until `unfreeze`."""
@@ -540,6 +544,21 @@ class ModelBatch(nn.Module):
             self._stack.repoint_all()
         return result
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ModelBatch":
+        # nn.Parameter copies its data wherever it finds it, so the copied views must be renewed
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        optimizer, recipe = self._optimizer, self._recipe
+        memo[id(optimizer)] = None  # an optimizer belongs to its parameters: it is made anew
+        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        new._stack.repoint_all()
+        new._stack.watch_hooks()
+        if optimizer is not None and recipe is not None:
+            new._build_optimizer(*recipe)
+            assert new._optimizer is not None
+            new._optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        return new
+
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, nn.Module | nn.Parameter):
             raise ModelBatchError(
@@ -573,12 +592,13 @@ class ModelBatch(nn.Module):
     ) -> None:
         from .optim import build_view_optimizer
 
+        self._recipe = (optimizer_cls, configs)
         self._optimizer = build_view_optimizer(
             dict(self.named_parameters()),
             self._stack.models,
             optimizer_cls,
             configs,
-            active=lambda: self._active,
+            active=self._is_active,
         )
 
     # ---- named but not there yet

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch._C._functorch as functorch
 from torch import Tensor, nn
-from torch._functorch.vmap import vmap_increment_nesting
+from torch._functorch.vmap import lazy_load_decompositions, vmap_increment_nesting
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_flatten, tree_map
 
@@ -47,6 +47,7 @@ class Forward:
     """
 
     def __init__(self, stack: Stack, streams: Streams, fallback: str, grad_memory: Any):
+        lazy_load_decompositions()  # batching rules that torch loads at its first vmap
         self.stack = stack
         self.streams = streams
         self.fallback = fallback

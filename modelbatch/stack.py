@@ -86,7 +86,7 @@ class Stack:
             self.repoint(slot)
         self.hooks_changed = True
         self._user_hooks = False
-        self._watch_hooks()
+        self.watch_hooks()
 
     def _build_tree(self, root: nn.Module) -> list[nn.Module]:
         modules = self.modules[0]
@@ -212,7 +212,8 @@ class Stack:
 
     # ---- hooks
 
-    def _watch_hooks(self) -> None:
+    def watch_hooks(self) -> None:
+        """Notice from now on when hooks are added to any module, or removed."""
         reference = weakref.ref(self)
         for modules in self.modules:
             for module in modules:

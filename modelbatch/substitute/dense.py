@@ -32,7 +32,8 @@ class GradMemory:
         grad, own_views = kept
         same = grad.dtype == parameter.dtype and grad.device == parameter.device
         users = torch._C._storage_Use_Count(grad.untyped_storage()._cdata)
-        return grad if same and users <= 1 + own_views else None
+        # the kept tensor itself and the handle just made to look at its storage
+        return grad if same and users <= 2 + own_views else None
 
     def clear(self) -> None:
         """Forget all kept memory."""

@@ -1,6 +1,7 @@
 """State dicts: of the whole bundle, and in and out of torch's own optimizers."""
 
 import copy
+from functools import partial
 
 import pytest
 from torch import nn, optim
@@ -83,6 +84,29 @@ def test_whole_state_dict(case, hand_made, regression):
         bundle.step(resumed, loss)
         bundle.step_alone(alone, loss)
     assert bundle.worst_error() <= 1e-12
+
+
+def test_a_state_that_lacks_one_momentum_buffer(hand_made, regression):
+    """As of a model with a part that had no gradient yet; torch's fused kernel cannot go on."""
+    configs = [{"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}] * 3
+    bundle, loss = hand_made(), regression()
+    optimizer = bundle.optimizer(optim.SGD, configs)
+    alone = bundle.alone_optimizers(optim.SGD, configs)
+    for _ in range(3):
+        bundle.step(optimizer, loss)
+        bundle.step_alone(alone, loss)
+    for whole in (False, True):
+        saved = optimizer.state_dict() if whole else optimizer.model_state_dict(1)
+        del saved["state"][6 if whole else 2]  # model 1 of 4 parameters each
+        load = optimizer.load_state_dict if whole else partial(optimizer.load_model_state_dict, 1)
+        load(copy.deepcopy(saved))
+        stock = alone[1].state_dict()
+        del stock["state"][2]
+        alone[1].load_state_dict(stock)
+        for _ in range(2):
+            bundle.step(optimizer, loss)
+            bundle.step_alone(alone, loss)
+        assert bundle.worst_error() <= 1e-12
 
 
 def test_the_users_choice_of_kernel_is_kept(hand_made, regression):
