@@ -27,7 +27,7 @@ from .pytree import Spec, flatten, unflatten
 from .random import Streams
 from .stack import Stack
 from .structure import Slot
-from .substitute.mode import Call, NeedsBatchedFactories
+from .substitute.mode import Call, NeedsBatchedFactories, Refused
 from .substitute.norm import cumulative_batch_norm
 
 _SLOW_RULE = re.compile(r"batching rule for (\S+?)\.? ?\.|batching rule for (\S+)")
@@ -129,6 +129,8 @@ class Forward:
             if reason is None:
                 try:
                     self._batched(leaves, batched, spec, training)
+                except Refused:
+                    raise
                 except NeedsBatchedFactories:
                     self.batched_factories = True
                 except Exception as error:
@@ -175,6 +177,8 @@ class Forward:
     ) -> Any:
         try:
             return self._batched(leaves, batched, spec, training)
+        except Refused:
+            raise
         except NeedsBatchedFactories:
             self.batched_factories = True
         except Exception as error:
@@ -187,6 +191,8 @@ class Forward:
         self._undo(snapshot, streams)
         try:
             return self._batched(leaves, batched, spec, training)
+        except Refused:
+            raise
         except Exception as error:
             self._undo(snapshot, streams)
             return self._loop_after(error, leaves, batched, spec, training)
@@ -224,7 +230,7 @@ class Forward:
             f"{self.stack.num_models}. mb.explain(...) tells more"
         )
         if self.fallback == "error":
-            raise BatchingError(text) from error
+            raise Refused(text) from error
         if name in self.warned:
             return
         self.warned.add(name)

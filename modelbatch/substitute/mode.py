@@ -48,6 +48,10 @@ class NeedsBatchedFactories(Exception):
     """An unbatched tensor made in the forward would have to become different for each model."""
 
 
+class Refused(BatchingError):
+    """A refusal that running the models one by one would not cure."""
+
+
 class Call(TorchFunctionMode):
     """One forward call of a bundle, active while the user's code runs.
 
@@ -157,7 +161,7 @@ class Call(TorchFunctionMode):
         assert self.strict is not None
         for leaf in tree_flatten((args, kwargs))[0]:
             if isinstance(leaf, Tensor) and id(leaf) in self.strict:
-                raise BatchingError(
+                raise Refused(
                     f"the forward reaches '{self.strict[id(leaf)]}' of model 0 through a reference "
                     "outside of its attribute, so it would be used for all models; read it from "
                     "its module instead"
