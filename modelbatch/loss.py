@@ -207,17 +207,25 @@ def losses_one_by_one(
     spec: Spec,
     num_models: int,
 ) -> Tensor:
-    """`per_model_losses` for a loss that cannot be batched."""
+    """`per_model_losses` for a loss that cannot be batched.
+
+    Raises:
+        ModelBatchError: naming the model whose loss fails.
+    """
     columns = [
         leaf.unbind(0) if is_batched else (leaf,) * num_models
         for leaf, is_batched in zip(leaves, batched)
     ]
-    return torch.stack(
-        [
-            check_loss(loss_fn(*unflatten([column[i] for column in columns], spec)))
-            for i in range(num_models)
-        ]
-    )
+    losses = []
+    for i in range(num_models):
+        try:
+            loss = loss_fn(*unflatten([column[i] for column in columns], spec))
+        except ModelBatchError:
+            raise
+        except Exception as error:
+            raise ModelBatchError(f"the loss of model {i} failed: {error}") from error
+        losses.append(check_loss(loss))
+    return torch.stack(losses)
 
 
 def check_loss(loss: Any) -> Tensor:

@@ -66,8 +66,6 @@ class GradientViews:
             _Entry(parameter, [named[name] for named in by_model])
             for name, parameter in stacked.items()
         ]
-        #: whether a gradient shown at the moment is sparse
-        self.has_sparse = False
 
     @property
     def stacked(self) -> list[nn.Parameter]:
@@ -87,40 +85,42 @@ class GradientViews:
         """Takes the gradients away from these models until the next call."""
         self._excluded = models
 
+    @property
+    def pattern(self) -> tuple[tuple[bool, ...], tuple[str | None, ...]]:
+        """Which models and which stacked parameters have gradients, and the gradients' layouts."""
+        layouts = tuple(
+            None if entry.grad is None else "sparse" if entry.grad.is_sparse else "dense"
+            for entry in self._entries
+        )
+        return self._bound_active, layouts
+
     @torch.no_grad()
-    def refresh(self) -> bool:
+    def refresh(self) -> None:
         """Makes every parameter's `.grad` show what the stacked gradients are now.
 
         Costs next to nothing while neither a stacked gradient nor the active models changed.
-
-        Returns:
-            Whether there are parameters that had a gradient before and have none now, or the
-            other way round.
         """
         active = tuple(self._active())
         if self._excluded:
             active = tuple(flag and i not in self._excluded for i, flag in enumerate(active))
-        changed = active != self._bound_active
-        if changed:
+        everyone = active != self._bound_active
+        if everyone:
             if len(active) != self.num_models:
                 raise ModelBatchError(
                     f"active() gave {len(active)} flags for {self.num_models} models"
                 )
             self._bound_active = active
-        everyone = changed
         all_active = all(active)
         for entry in self._entries:
             grad = entry.stacked.grad
             if grad is None:
                 if entry.grad is not None:
-                    changed = True
                     _hide(entry)
                 continue
             # A sparse gradient's slices are copies, not views, so they never stay current.
             stays = grad is entry.grad and not grad.is_sparse and entry.address == grad.data_ptr()
             if stays and not everyone:
                 continue
-            changed = changed or entry.grad is None
             if not stays:
                 grad = self._slice(entry, grad)
             if all_active:
@@ -129,9 +129,6 @@ class GradientViews:
             else:
                 for param, piece, flag in zip(entry.params, entry.slices, active, strict=True):
                     param.grad = piece if flag else None
-        if changed:
-            self.has_sparse = any(grad.is_sparse for grad in self.gradients)
-        return changed
 
     def clear(self, set_to_none: bool = True) -> None:
         """Removes (or zeroes) the stacked gradients, and with them the models'."""

@@ -76,7 +76,7 @@ class ViewOptimizer(PerModelOptimizer):
         self._optimizer_cls = optimizer_cls
         self._configs = configs
         self._auto_fused = [False] * len(configs)
-        self._check_fused_next = True
+        self._fused_pattern: Any = None  # of gradients, that the fused kernels are known to take
         # Each model's stock optimizer completes its options, refuses what torch refuses, and makes
         # whatever state the class creates at construction.
         alone = []
@@ -139,7 +139,7 @@ class ViewOptimizer(PerModelOptimizer):
         ]
         super().load_state_dict({**state_dict, "param_groups": groups})
         self._auto_fused = automatic
-        self._check_fused_next = True
+        self._fused_pattern = None
 
     def model_state_dict(self, i: int) -> dict[str, Any]:  # noqa: D102 - inherited
         state_dict = super().model_state_dict(i)
@@ -154,12 +154,13 @@ class ViewOptimizer(PerModelOptimizer):
         automatic = _choose_fused(self._optimizer_cls, group, self._views.params[i])
         super().load_model_state_dict(i, {**state_dict, "param_groups": [group]})
         self._auto_fused[i] = automatic
-        self._check_fused_next = True
+        self._fused_pattern = None
 
     def _refresh(self) -> None:
-        changed = self._views.refresh()
-        if (changed or self._check_fused_next) and any(self._auto_fused):
+        self._views.refresh()
+        if any(self._auto_fused) and self._views.pattern != self._fused_pattern:
             self._leave_fused_where_impossible()
+            self._fused_pattern = self._views.pattern
 
     def _leave_fused_where_impossible(self) -> None:
         """Returns to torch's default where the fused kernels cannot do what the others can.
@@ -167,11 +168,11 @@ class ViewOptimizer(PerModelOptimizer):
         They take no sparse gradients, and the one of SGD needs that either all parameters with a
         gradient have a momentum buffer or none.
         """
-        self._check_fused_next = False
+        sparse = "sparse" in self._views.pattern[1]
         for i, group in enumerate(self.__dict__["param_groups"]):
             if not self._auto_fused[i]:
                 continue
-            impossible = self._views.has_sparse
+            impossible = sparse
             if self._optimizer_cls is SGD and not impossible:
                 buffers = {
                     self.state.get(param, {}).get("momentum_buffer") is None

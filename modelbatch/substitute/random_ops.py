@@ -319,7 +319,7 @@ def randperm(call: Call, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any
     if _needs_torch(call, kwargs) or "out" in kwargs:
         return seeded_by_model(call, func, args, kwargs)
     n = args[0] if args else kwargs["n"]
-    order = _uniform(call, [n], torch.float64).argsort(1, stable=True)
+    order = _uniform(call, [n], torch.float64).argsort(stable=True, dim=1)
     return _finish(call, order.to(kwargs.get("dtype") or torch.int64), kwargs)
 
 
