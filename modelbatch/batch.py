@@ -378,13 +378,16 @@ class ModelBatch(nn.Module):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear all gradients; their memory is kept for the next backward."""
-        held = [(p, p.grad) for p in self.parameters() if p.grad is not None]
+        parameters = self._stack.parameters()
+        held = [(p, p.grad) for p in parameters if p.grad is not None]
         if self._optimizer is not None:
             self._optimizer.zero_grad(set_to_none)
-        super().zero_grad(set_to_none)
-        if set_to_none:
-            for parameter, grad in held:
-                self._grad_memory.keep(parameter, grad)
+        for parameter, grad in held:
+            if not set_to_none:
+                grad.detach_().zero_()
+                continue
+            parameter.grad = None
+            self._grad_memory.keep(parameter, grad)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of `mb.optimizer`.

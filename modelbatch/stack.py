@@ -110,6 +110,10 @@ class Stack:
         """The stacked tensor `[M, ...]` of a slot."""
         return tensor_at(self.nodes, slot)
 
+    def parameters(self) -> list[Tensor]:
+        """All stacked parameters."""
+        return [self.tensor(slot) for slot in self.slots if slot.is_parameter]
+
     def register(self, slot: Slot, tensor: Tensor) -> None:
         """Register a stacked tensor under all names of a slot."""
         value = tensor

@@ -1,6 +1,6 @@
 """Rules for torch functions inside a bundle's forward; importing this package registers them."""
 
-from . import attention, conv, dense, embedding, norm, random_ops
+from . import attention, conv, dense, embedding, losses, norm, random_ops
 from .dense import GradMemory
 from .mode import RULES, Call, NeedsBatchedFactories
 
@@ -13,6 +13,7 @@ __all__ = [
     "conv",
     "dense",
     "embedding",
+    "losses",
     "norm",
     "random_ops",
 ]
