@@ -20,7 +20,7 @@ from torch.nn.modules.loss import _Loss
 
 from .errors import BatchingError, StructureMismatchError
 
-# Numbers that these modules hand unchanged to one torch function, where a value per model is possible.
+# Numbers that these modules hand unchanged to one torch function: a value per model is possible.
 _PER_MODEL: list[tuple[type[nn.Module], frozenset[str]]] = [
     (_DropoutNd, frozenset({"p"})),
     (_NormBase, frozenset({"momentum", "eps"})),
@@ -59,6 +59,7 @@ class PerModelFloat(float):
     values: tuple[float | None, ...]
 
     def __new__(cls, values: Sequence[float | None]) -> "PerModelFloat":
+        """A float that carries one value per model; None where a model has none."""
         first = next((v for v in values if v is not None), 0.0)
         self = super().__new__(cls, first)
         self.values = tuple(values)
@@ -91,9 +92,9 @@ def _install_operators() -> None:
     for name in arithmetic.split():
         for prefix in ("", "r"):
             setattr(PerModelFloat, f"__{prefix}{name}__", PerModelFloat._refuse)
-    for name in "neg pos abs int round trunc floor ceil".split():
+    for name in ["neg", "pos", "abs", "int", "round", "trunc", "floor", "ceil"]:
         setattr(PerModelFloat, f"__{name}__", PerModelFloat._refuse)
-    for name in "lt le gt ge eq ne".split():
+    for name in ["lt", "le", "gt", "ge", "eq", "ne"]:
         dunder = f"__{name}__"
         setattr(
             PerModelFloat, dunder, lambda self, other, _name=dunder: self._compare(_name, other)
@@ -155,7 +156,7 @@ class _Comparison:
         return self._object(a, b, path)
 
     def _object(self, a: Any, b: Any, path: str) -> str | None:
-        if type(a).__eq__ is not object.__eq__:
+        if any("__eq__" in c.__dict__ for c in type(a).__mro__[:-1]):
             try:
                 equal = a == b
                 if isinstance(equal, bool):

@@ -1,6 +1,5 @@
 """`ModelBatch`: many models of one structure, trained at once."""
 
-import copy
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import evaluation, loss
+from .bundle import Bundle
 from .compilation import Compiled
 from .errors import ModelBatchError
 from .explain import Report
@@ -29,7 +29,7 @@ _LATER = {
 }
 
 
-class ModelBatch(nn.Module):
+class ModelBatch(Bundle):
     """M independent models of one structure, trained together, each as if it were alone.
 
     The parameters exist once, stacked along dim 0 under the user's own names; `mb.models[i]` is the
@@ -41,8 +41,8 @@ class ModelBatch(nn.Module):
             be honoured for each model (dropout `p`, normalisation `eps` and `momentum`, slopes).
         lr_list: M learning rates (floats or one-element tensors); needs `optimizer_cls`.
         optimizer_cls: any `torch.optim` class; builds `mb.optimizer` with M parameter groups.
-        base_batch: an example input (tensor, tuple of arguments or dict of keywords): the forward is
-            tried on it at once, without any effect, so that slow or failing operations show now.
+        base_batch: an example input (tensor, tuple of arguments or dict of keywords): the forward
+            is tried on it at once, without effect, so that slow or failing operations show now.
         optimizer_kwargs: further optimizer options, one dict for all models or M dicts.
         shared_input: True if `x` is `[B, ...]` for all models, False if it is `[M, B, ...]`.
         seeds: M ints, the random stream of each model; by default derived from torch's seed.
@@ -88,9 +88,7 @@ class ModelBatch(nn.Module):
             if value is not None:
                 raise NotImplementedError(f"{name}=: {_LATER[name]} is not available yet")
         if fallback not in ("warn", "error", "silent"):
-            raise ModelBatchError(
-                f'fallback must be "warn", "error" or "silent", got {fallback!r}'
-            )
+            raise ModelBatchError(f'fallback must be "warn", "error" or "silent", got {fallback!r}')
         if isinstance(models, nn.Module) and not isinstance(models, nn.ModuleList | nn.Sequential):
             raise ModelBatchError("models must be a sequence of modules, got a single module")
         models = list(models)
@@ -173,89 +171,6 @@ class ModelBatch(nn.Module):
                 states[0] = state
         return bundle
 
-    # ---- what the bundle holds
-
-    @property
-    def models(self) -> list[nn.Module]:
-        """The user's own modules; their parameters and buffers are views into the bundle."""
-        return list(self._stack.models)
-
-    @property
-    def num_models(self) -> int:
-        """M, the number of models."""
-        return self._stack.num_models
-
-    def __len__(self) -> int:
-        return self.num_models
-
-    def __getitem__(self, i: int) -> nn.Module:
-        return self._stack.models[i]
-
-    @property
-    def optimizer(self) -> Optimizer | None:
-        """The optimizer with one parameter group per model, None if none was asked for."""
-        return self._optimizer
-
-    @optimizer.setter
-    def optimizer(self, optimizer: Optimizer | None) -> None:
-        self._optimizer = optimizer
-
-    @property
-    def seeds(self) -> list[int]:
-        """The seed of each model's random stream."""
-        return list(self._streams.seeds)
-
-    @property
-    def active(self) -> Tensor:
-        """bool `[M]`: which models train."""
-        return torch.tensor(self._active, dtype=torch.bool, device=self._streams.device)
-
-    def _is_active(self) -> list[bool]:
-        return self._active
-
-    def freeze(self, models: int | Iterable[int]) -> None:
-        """Stop training some models: nothing of theirs changes by one bit until `unfreeze`."""
-        self._set_active(models, False)
-
-    def unfreeze(self, models: int | Iterable[int]) -> None:
-        """Let frozen models train again, from where they stood."""
-        self._set_active(models, True)
-
-    def _set_active(self, models: int | Iterable[int], value: bool) -> None:
-        numbers = [models] if isinstance(models, int) else list(models)
-        checked = [self._number(i) for i in numbers]
-        for i in checked:
-            self._active[i] = value
-        self._active_tensor = None if all(self._active) else self.active
-
-    def _number(self, i: int) -> int:
-        if isinstance(i, bool) or not isinstance(i, int) or not -len(self) <= i < len(self):
-            raise ModelBatchError(f"there is no model {i!r} in a bundle of {len(self)}")
-        return i % len(self)
-
-    def gradients(self, i: int) -> dict[str, Tensor | None]:
-        """Model i's gradients as views, by parameter name; None where there is none."""
-        i = self._number(i)
-        return {
-            name: None if p.grad is None else p.grad[i] for name, p in self.named_parameters()
-        }
-
-    def export(self, i: int) -> nn.Module:
-        """An independent copy of model i that shares no memory with the bundle."""
-        i = self._number(i)
-        memo: dict[int, Any] = {}
-        for slot in self._stack.slots:
-            for index, attribute in slot.places:
-                module = self._stack.modules[i][index]
-                kind = module._parameters if slot.is_parameter else module._buffers
-                tensor = kind[attribute]
-                assert tensor is not None
-                fresh = tensor.detach().clone()
-                if slot.is_parameter:
-                    fresh = nn.Parameter(fresh, requires_grad=tensor.requires_grad)
-                memo.setdefault(id(tensor), fresh)
-        return copy.deepcopy(self._stack.models[i], memo)
-
     # ---- forward
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -337,9 +252,7 @@ class ModelBatch(nn.Module):
         if sample_weight is not None:
             per_model = isinstance(sample_weight, Tensor) and sample_weight.dim() > 1
             weight_leaves, _ = flatten(sample_weight)
-            more, more_batched = resolve(
-                weight_leaves, per_model, self.num_models, "sample_weight"
-            )
+            more, more_batched = resolve(weight_leaves, per_model, self.num_models, "sample_weight")
             arguments = (*arguments, sample_weight)
             values, batched = values + more, batched + more_batched
         _, spec = flatten(arguments)
@@ -437,7 +350,7 @@ class ModelBatch(nn.Module):
             self._forward.undo_last()
             raise
         self.zero_grad()
-        total.backward()  # type: ignore[no-untyped-call]
+        total.backward()
         self.step()
         assert self._latest_losses is not None
         return self._latest_losses
@@ -466,26 +379,6 @@ class ModelBatch(nn.Module):
     def metrics(self) -> dict[str, float]:
         """A flat dict of numbers for loggers, from the last `compute_loss` and backward."""
         return evaluation.metrics(self)
-
-    def train(self, mode: bool = True) -> "ModelBatch":
-        """Set train or eval mode of all models, and take note of attributes changed since."""
-        super().train(mode)
-        for model in self._stack.models:
-            model.train(mode)
-        self.refresh()
-        return self
-
-    def refresh(self) -> None:
-        """Look at all models again after attributes (a dropout `p`, say) were changed from outside.
-
-        `train()` and `eval()` do this too.
-
-        Raises:
-            StructureMismatchError: if the models no longer fit one bundle.
-            ModelBatchError: if a model's tensors no longer are views into the bundle.
-        """
-        self._stack.check_views()
-        self._stack.refresh(self._ignored, self._forward.spread)
 
     # ---- how it runs
 
@@ -522,57 +415,6 @@ class ModelBatch(nn.Module):
         self._compiled = Compiled(self, torch_compile_kwargs)
         return self
 
-    # ---- nn.Module
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ModelBatch":
-        super()._apply(fn, recurse)
-        for slot in self._stack.slots:
-            self._stack.register(slot, self._stack.tensor(slot))
-        self._stack.repoint_all()
-        self._grad_memory.clear()
-        if self._stack.slots:
-            self._streams.to(self._stack.tensor(self._stack.slots[0]).device)
-        if self._active_tensor is not None:
-            self._active_tensor = self.active
-        return self
-
-    def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
-    ) -> Any:
-        """As `nn.Module.load_state_dict`, with stacked `[M, ...]` tensors; the views stay views."""
-        result = super().load_state_dict(state_dict, strict, assign)
-        if assign:
-            for slot in self._stack.slots:
-                self._stack.register(slot, self._stack.tensor(slot))
-            self._stack.repoint_all()
-        return result
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "ModelBatch":
-        # nn.Parameter copies its data wherever it finds it, so the copied views must be renewed
-        new = type(self).__new__(type(self))
-        memo[id(self)] = new
-        optimizer, recipe = self._optimizer, self._recipe
-        memo[id(optimizer)] = None  # an optimizer belongs to its parameters: it is made anew
-        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        new._stack.repoint_all()
-        new._stack.watch_hooks()
-        if optimizer is not None and recipe is not None:
-            new._build_optimizer(*recipe)
-            assert new._optimizer is not None
-            new._optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-        return new
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, nn.Module | nn.Parameter):
-            raise ModelBatchError(
-                f"cannot set '{name}': parameters and modules of a bundle come from its models"
-            )
-        super().__setattr__(name, value)
-
-    def extra_repr(self) -> str:
-        """The number of models, for `repr`."""
-        return f"num_models={self.num_models}, model={type(self._stack.models[0]).__name__}"
-
     # ---- construction helpers
 
     def _check_optimizer(
@@ -589,46 +431,6 @@ class ModelBatch(nn.Module):
         from .optim import merge_configs
 
         return merge_configs(optimizer_cls, num_models, lr_list, optimizer_kwargs)
-
-    def _build_optimizer(
-        self, optimizer_cls: type[Optimizer], configs: Sequence[dict[str, Any]]
-    ) -> None:
-        from .optim import build_view_optimizer
-
-        self._recipe = (optimizer_cls, configs)
-        self._optimizer = build_view_optimizer(
-            dict(self.named_parameters()),
-            self._stack.models,
-            optimizer_cls,
-            configs,
-            active=self._is_active,
-        )
-
-    # ---- named but not there yet
-
-    def prune(self, indices: Iterable[int]) -> None:
-        """Not available yet."""
-        raise NotImplementedError("prune: removing models from a bundle is not available yet")
-
-    def replace(self, i: int, model: nn.Module, **hyper: Any) -> None:
-        """Not available yet."""
-        raise NotImplementedError("replace: putting a fresh model in a slot is not available yet")
-
-    def append(self, models: Iterable[nn.Module], **hyper: Any) -> None:
-        """Not available yet."""
-        raise NotImplementedError("append: adding models to a bundle is not available yet")
-
-    def save_all(self, directory: Any, **options: Any) -> None:
-        """Not available yet."""
-        raise NotImplementedError("save_all: bundle checkpoints are not available yet")
-
-    def load_all(self, directory: Any, **options: Any) -> None:
-        """Not available yet."""
-        raise NotImplementedError("load_all: bundle checkpoints are not available yet")
-
-    def capture_cuda_graph(self, *args: Any, **kwargs: Any) -> None:
-        """Not available yet."""
-        raise NotImplementedError("capture_cuda_graph: CUDA graphs are not available yet")
 
 
 def _takes_a_number(build: Callable[..., nn.Module]) -> bool:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class _TracedStack:
-    """Stands in for a bundle's stack while its forward is traced: the same models, traced tensors."""
+    """Stands in for a bundle's stack while its forward is traced."""
 
     def __init__(self, stack: Stack, tensors: Sequence[Tensor]):
         self.models, self.modules = stack.models, stack.modules
@@ -232,9 +232,7 @@ class Compiled:
         def core(inputs: list[Tensor]) -> list[Tensor]:
             rest = iter(inputs)
             leaves = [next(rest) if isinstance(v, Tensor) else v for v in values]
-            return [
-                loss.per_model_losses(run, leaves, batched, spec, bundle.num_models, make_call)
-            ]
+            return [loss.per_model_losses(run, leaves, batched, spec, bundle.num_models, make_call)]
 
         # leaves, because tracing looks at every input's .grad
         tensors = [

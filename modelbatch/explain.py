@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 LOOP = "loop over models"
 
 _ADVICE = {
-    "data-dependent control flow": "replace the branch by torch.where, or keep it: the loop is exact",
+    "data-dependent control flow": "torch.where would batch; the loop is exact too",
     "Tensor.item()": "keep the value in a tensor",
     "forward hooks": "remove the hooks, or keep them: each sees its own model, one at a time",
 }

@@ -8,7 +8,6 @@ of its own, nothing has changed, and the models run one by one with the same str
 
 import contextlib
 import functools
-import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -16,21 +15,23 @@ from typing import Any
 import torch
 import torch._C._functorch as functorch
 from torch import Tensor, nn
-from torch._functorch.vmap import lazy_load_decompositions, vmap_increment_nesting
+from torch._functorch import vmap as torch_vmap
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_flatten, tree_map
 
 from .attributes import MODULE_INTERNALS
 from .errors import BatchingError, FallbackWarning
 from .explain import Report
+from .fallback import FallbackWatch, cause
 from .pytree import Spec, flatten, unflatten
 from .random import Streams
+from .snapshot import Snapshot
 from .stack import Stack
 from .structure import Slot
 from .substitute.mode import Call, NeedsBatchedFactories, Refused
 from .substitute.norm import cumulative_batch_norm
 
-_SLOW_RULE = re.compile(r"batching rule for (\S+?)\.? ?\.|batching rule for (\S+)")
+_models_axis = functools.partial(torch_vmap.vmap_increment_nesting, randomness="different")
 _IN_PLACE = "vmap: inplace"
 _MISSING: Any = object()
 _KEPT_ENTRIES = frozenset({"_flat_weights", "forward"})
@@ -47,7 +48,8 @@ class Forward:
     """
 
     def __init__(self, stack: Stack, streams: Streams, fallback: str, grad_memory: Any):
-        lazy_load_decompositions()  # batching rules that torch loads at its first vmap
+        # batching rules that torch itself loads at its first vmap
+        torch_vmap.lazy_load_decompositions()  # type: ignore[attr-defined]
         self.stack = stack
         self.streams = streams
         self.fallback = fallback
@@ -60,11 +62,11 @@ class Forward:
         self.written: dict[bool, set[str]] = {}
         """Names of the buffers that a forward writes, by training mode."""
         self.tensor_attributes: dict[tuple[int, str], tuple[Tensor, bool]] = {}
-        """Plain attributes that the forward set to tensors: value and whether it has a model axis."""
+        """Plain attributes that the forward set to tensors, and whether these differ by model."""
         self.spread: set[tuple[int, str]] = set()
         """Plain attributes that the forward keeps per model, as (module index, name)."""
         self.record: Callable[[str, str], None] | None = None
-        self._last: tuple[_Snapshot, Any] | None = None
+        self._last: tuple[Snapshot, Any] | None = None
 
     # ---- entry
 
@@ -115,9 +117,7 @@ class Forward:
             self._undo(*self._last)
             self._last = None
 
-    def explain(
-        self, report: Report, leaves: list[Any], batched: list[bool], spec: Spec
-    ) -> None:
+    def explain(self, report: Report, leaves: list[Any], batched: list[bool], spec: Spec) -> None:
         """Run once without any effect and note in `report` how each operation was computed."""
         training = self.stack.models[0].training
         snapshot, streams = self._snapshot(training, everything=True), self.streams.snapshot()
@@ -171,7 +171,7 @@ class Forward:
         leaves: list[Any],
         batched: list[bool],
         spec: Spec,
-        snapshot: "_Snapshot",
+        snapshot: "Snapshot",
         streams: Any,
         training: bool,
     ) -> Any:
@@ -197,7 +197,7 @@ class Forward:
             self._undo(snapshot, streams)
             return self._loop_after(error, leaves, batched, spec, training)
 
-    def _undo(self, snapshot: "_Snapshot", streams: Any) -> None:
+    def _undo(self, snapshot: "Snapshot", streams: Any) -> None:
         self._restore(snapshot)
         self.streams.restore(streams)
 
@@ -219,7 +219,7 @@ class Forward:
             out = self._loop(leaves, batched, spec)
         except Exception as own:
             raise own from None
-        name, why = _cause(error)
+        name, why = cause(error)
         self.loop_reasons[training] = name
         self._report(name, why, error)
         return out
@@ -249,23 +249,22 @@ class Forward:
     ) -> tuple[list[Any], Spec]:
         """The flattened outputs `[M, ...]` of one call of all models, and their structure."""
         stack = self.stack
-        with _FallbackWatch(checking) as watch:
-            with vmap_increment_nesting(stack.num_models, "different") as level:
-                call = self._call(stack.num_models, level, self.streams, checking)
-                wrapped = [
-                    functorch._add_batch_dim(leaf, 0, level) if is_batched else leaf
-                    for leaf, is_batched in zip(leaves, batched)
-                ]
-                args, kwargs = unflatten(wrapped, spec)
-                tensors = [
-                    functorch._add_batch_dim(stack.tensor(slot), 0, level) for slot in stack.slots
-                ]
-                with self._swapped(0, tensors, level) as attributes:
-                    with call:
-                        out = stack.models[0](*args, **kwargs)
-                    self._collect(call, tensors, attributes, level)
-                flat, out_spec = flatten(out)
-                results = [self._leave(leaf, level) for leaf in flat]
+        with FallbackWatch(checking) as watch, _models_axis(stack.num_models) as level:
+            call = self._call(stack.num_models, level, self.streams, checking)
+            wrapped = [
+                functorch._add_batch_dim(leaf, 0, level) if is_batched else leaf
+                for leaf, is_batched in zip(leaves, batched)
+            ]
+            args, kwargs = unflatten(wrapped, spec)
+            tensors = [
+                functorch._add_batch_dim(stack.tensor(slot), 0, level) for slot in stack.slots
+            ]
+            with self._swapped(0, tensors, level) as attributes:
+                with call:
+                    out = stack.models[0](*args, **kwargs)
+                self._collect(call, tensors, attributes, level)
+            flat, out_spec = flatten(out)
+            results = [self._leave(leaf, level) for leaf in flat]
         if checking:
             self._slow = [name for name, _ in watch.found]
         for name, why in (*call.loops.items(), *watch.found):
@@ -442,7 +441,7 @@ class Forward:
         with torch.no_grad():
             for position, values in assigned.items():
                 stack.replace_buffer(stack.slots[position], torch.stack(values))
-        return unflatten(self._stack_results(flat_results), first_spec)
+        return unflatten(_stack_rows(flat_results), first_spec)
 
     def _own_buffer(self, i: int, slot: Slot) -> Tensor:
         index, attribute = slot.places[0]
@@ -474,118 +473,30 @@ class Forward:
         else:
             yield
 
-    def _stack_results(self, rows: list[list[Any]]) -> list[Any]:
-        results: list[Any] = []
-        for column in zip(*rows):
-            first = column[0]
-            if isinstance(first, Tensor):
-                if any(t.shape != first.shape for t in column):
-                    shapes = [tuple(t.shape) for t in column]
-                    raise BatchingError(f"the models' outputs have different shapes: {shapes}")
-                results.append(torch.stack(column))
-            else:
-                results.append(first)
-        return results
-
     # ---- undo, and frozen models
 
-    def _snapshot(self, training: bool, everything: bool) -> "_Snapshot":
+    def _snapshot(self, training: bool, everything: bool) -> "Snapshot":
         names = None if everything else self.written.get(training, set())
-        return _Snapshot(self.stack, names)
+        return Snapshot(self.stack, names)
 
-    def _restore(self, snapshot: "_Snapshot") -> None:
+    def _restore(self, snapshot: "Snapshot") -> None:
         snapshot.restore_all()
 
-    def _finish(self, snapshot: "_Snapshot", active: Tensor | None, training: bool) -> None:
+    def _finish(self, snapshot: "Snapshot", active: Tensor | None, training: bool) -> None:
         written = snapshot.written()
         self.written[training] = self.written.get(training, set()) | written
         if active is not None and written:
             snapshot.restore_rows(~active)
 
-
-class _Snapshot:
-    """Copies of buffers, to undo what a failed forward did or to keep frozen models' rows."""
-
-    def __init__(self, stack: Stack, names: set[str] | None):
-        self.stack = stack
-        self.copies = [
-            (slot, tensor, tensor._version, tensor.detach().clone())
-            for slot in stack.slots
-            if not slot.is_parameter and (names is None or slot.name in names)
-            for tensor in (stack.tensor(slot),)
-        ]
-
-    def written(self) -> set[str]:
-        return {
-            slot.name
-            for slot, tensor, version, copy in self.copies
-            if self.stack.tensor(slot) is not tensor
-            or tensor._version != version
-            or not _same_bits(tensor, copy)
-        }
-
-    def restore_all(self) -> None:
-        for slot, tensor, version, copy in self.copies:
-            if self.stack.tensor(slot) is not tensor:
-                self.stack.register(slot, tensor)
-                self.stack.repoint_buffer_objects(slot)
-            if tensor._version != version or not _same_bits(tensor, copy):
-                tensor.data.copy_(copy)
-
-    def restore_rows(self, rows: Tensor) -> None:
-        for slot, _, _, copy in self.copies:
-            now = self.stack.tensor(slot)
-            if now.shape == copy.shape and now.dtype == copy.dtype:
-                now.data[rows] = copy[rows]
-
-
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    if a.is_meta or not a.numel():
-        return True
-    return bool(((a == b) | ((a != a) & (b != b))).all())
-
-
-class _FallbackWatch:
-    """Notices operations that torch's vmap loops over, while a bundle's first forwards run."""
-
-    def __init__(self, enabled: bool):
-        self.enabled = enabled
-        self.found: list[tuple[str, str]] = []
-
-    def __enter__(self) -> "_FallbackWatch":
-        if self.enabled:
-            self.before = functorch._is_vmap_fallback_enabled()
-            functorch._set_vmap_fallback_warning_enabled(True)
-            self.catcher = warnings.catch_warnings(record=True)
-            self.caught = self.catcher.__enter__()
-            warnings.simplefilter("always")
-        return self
-
-    def __exit__(self, *exc_info: Any) -> None:
-        if not self.enabled:
-            return
-        self.catcher.__exit__(*exc_info)
-        functorch._set_vmap_fallback_warning_enabled(False)
-        for item in self.caught or ():
-            text = str(item.message)
-            match = _SLOW_RULE.search(text) if "performance drop" in text else None
-            if match is None:
-                warnings.warn_explicit(item.message, item.category, item.filename, item.lineno)
-            else:
-                name = (match.group(1) or match.group(2)).rstrip(".")
-                self.found.append((name, "torch has no batching rule for it"))
-
-
-def _cause(error: Exception) -> tuple[str, str]:
-    """A name for what could not be batched, and why, from the error of the batched run."""
-    text = str(error)
-    match = re.search(r"[Bb]atching rule not implemented for (\S+?)[;,. ]", text + " ")
-    if match:
-        return match.group(1), "torch has no batching rule for it"
-    if "data-dependent control flow" in text:
-        return "data-dependent control flow", "a branch of the forward depends on a tensor's value"
-    if ".item()" in text:
-        return "Tensor.item()", "the forward reads a tensor's value"
-    first = text.splitlines()[0] if text else ""
-    return "the forward", f"{type(error).__name__}: {first}"
-
+def _stack_rows(rows: list[list[Any]]) -> list[Any]:
+    """Stack the flattened outputs of single models."""
+    results: list[Any] = []
+    for column in zip(*rows):
+        if not isinstance(column[0], Tensor):
+            results.append(column[0])
+            continue
+        if any(t.shape != column[0].shape for t in column):
+            shapes = [tuple(t.shape) for t in column]
+            raise BatchingError(f"the models' outputs have different shapes: {shapes}")
+        results.append(torch.stack(column))
+    return results

@@ -97,7 +97,7 @@ def _unreduced(
 ) -> Callable[[Any, Any, Tensor], tuple[Tensor, Tensor | None]]:
     """A function that returns per-sample losses and, if not all ones, what each counts for."""
     if isinstance(loss_fn, nn.CrossEntropyLoss | nn.NLLLoss) and loss_fn.reduction == "mean":
-        options = {"weight": loss_fn.weight, "ignore_index": loss_fn.ignore_index}
+        options: dict[str, Any] = {"weight": loss_fn.weight, "ignore_index": loss_fn.ignore_index}
         if isinstance(loss_fn, nn.CrossEntropyLoss):
             options["label_smoothing"] = loss_fn.label_smoothing
             return _class_loss(F.cross_entropy, options)

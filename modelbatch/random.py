@@ -99,7 +99,7 @@ class Streams:
         self.step = torch.zeros(len(signed), dtype=torch.int64, device=device)
         self.op_index = 0
         self.states: list[list[Tensor]] = []
-        self._constants: dict[tuple[float, ...], Tensor] = {}
+        self._constants: dict[tuple[float | None, ...], Tensor] = {}
         if kind == "torch":
             self._init_torch_states()
 
@@ -123,7 +123,7 @@ class Streams:
             for states, cpu_state in zip(self.states, cpu_states):
                 states[0] = cpu_state
 
-    def constant(self, values: tuple[float, ...]) -> Tensor:
+    def constant(self, values: tuple[float | None, ...]) -> Tensor:
         """One float64 number per model as a tensor `[M]`, made once and not to be changed."""
         tensor = self._constants.get(values)
         if tensor is None:
@@ -139,7 +139,7 @@ class Streams:
 
     @contextlib.contextmanager
     def as_model(self, i: int) -> Iterator[None]:
-        """Put model i's torch generator state in place, and keep what it becomes (`rng="torch"`)."""
+        """Put model i's generator state in place, and keep what it becomes (`rng="torch"`)."""
         _set_states(self.device, self.states[i])
         yield
         self.states[i] = _get_states(self.device)

@@ -57,8 +57,8 @@ class _WatchedHooks(OrderedDict[int, Any]):
 class Stack:
     """All parameters and buffers of M models, stacked along dim 0, and the views into them.
 
-    The stacked tensors are registered on a tree of `StackNode`s (the bundle itself is the root), so
-    that `named_parameters`, `state_dict` and `.to()` of `nn.Module` work on them by the user's names.
+    The stacked tensors are registered on a tree of `StackNode`s (the bundle itself is the root),
+    so that `named_parameters`, `state_dict` and `.to()` of `nn.Module` work by the user's names.
 
     Args:
         models: the users' modules; on return their parameters and buffers are views.
@@ -284,7 +284,8 @@ def _copy_row(i: int, slot: Slot, tensor: Tensor, stacked: Tensor) -> None:
         ("device", row.device, tensor.device),
     ):
         if x != y:
-            raise StructureMismatchError(f"'{slot.name}' has {what} {x} in model 0, {y} in model {i}")
+            raise StructureMismatchError(
+                f"'{slot.name}' has {what} {x} in model 0, {y} in model {i}"
+            )
     row.copy_(tensor.detach())
     tensor.data = row
-

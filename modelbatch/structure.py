@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
@@ -112,7 +112,7 @@ def _same_class(a: nn.Module, b: nn.Module) -> bool:
 
 
 def is_library_hook(hook: Any) -> bool:
-    """Whether a forward hook is torch's own weight or spectral norm, which batches like the rest."""
+    """Whether a forward hook is torch's own weight or spectral norm, which can be batched."""
     return isinstance(hook, WeightNorm | SpectralNorm)
 
 
@@ -166,7 +166,7 @@ def _compare_tensors(i: int, slot: Slot, a: torch.Tensor, b: torch.Tensor) -> No
 
 
 def _check_tensor(slot: Slot, tensor: torch.Tensor, device: torch.device) -> None:
-    if isinstance(tensor, UninitializedTensorMixin):
+    if is_lazy(tensor):
         raise StructureMismatchError(
             f"'{slot.name}' is not initialised yet; run each lazy model once before bundling"
         )
@@ -203,7 +203,7 @@ def analyse(models: Sequence[nn.Module], ignore: frozenset[str] = frozenset()) -
         own = find_slots(*trees)
         _compare_slots(i, slots, own, reference[1], trees[1])
     recomputed = {
-        (index, hook.name)
+        (index, getattr(hook, "name"))  # noqa: B009 a hook of torch's has one
         for index, module in enumerate(reference[1])
         for hook in module._forward_pre_hooks.values()
         if is_library_hook(hook)

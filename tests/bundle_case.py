@@ -1,6 +1,6 @@
 """The sentence that the library is tested by: together equals alone.
 
-An architecture says how to build one model and one batch; `BundleCase` holds what must then be true.
+An architecture says how to build one model and one batch; `BundleCase` holds what must be true.
 Tolerances are derived: in float64 1e-9 relative to the largest value after 30 steps; in float32 and
 bfloat16 twice the error that torch itself makes alone in that precision, measured against float64.
 """
@@ -153,7 +153,7 @@ class BundleCase:
             shared_input=shared,
         )
         count = 1 if shared else self.num_models
-        data = [self.make_batches(self.steps * count)[k :: count] for k in range(count)]
+        data = [self.make_batches(self.steps * count)[k::count] for k in range(count)]
         for step in range(self.steps):
             if shared:
                 x, y = data[0][step]
@@ -171,8 +171,9 @@ class BundleCase:
         exact, models = self.make_models(torch.float64), self.make_models(torch.float32)
         # the same starting point in both precisions
         for a, b in zip(exact, models):
-            a.load_state_dict({k: v.double() if v.is_floating_point() else v
-                               for k, v in b.state_dict().items()})
+            a.load_state_dict(
+                {k: v.double() if v.is_floating_point() else v for k, v in b.state_dict().items()}
+            )
         bundle = self.bundle(
             models, lr_list=rates, optimizer_cls=optimizer_cls, optimizer_kwargs=options
         )
@@ -214,9 +215,7 @@ class BundleCase:
             exact_grads = gradients(reference)
             scale = largest(exact_grads)
             errors.setdefault("ours", []).append(difference(got, exact_grads) / scale)
-            errors.setdefault("torch", []).append(
-                difference(gradients(model), exact_grads) / scale
-            )
+            errors.setdefault("torch", []).append(difference(gradients(model), exact_grads) / scale)
         floor = torch.finfo(torch.bfloat16).eps
         assert max(errors["ours"]) <= 2 * max(errors["torch"]) + floor
 

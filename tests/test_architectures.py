@@ -4,9 +4,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
 from bundle_case import BundleCase
+from torch import Tensor, nn
 
 
 class TestMLP(BundleCase):

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from bundle_case import assert_relative, row, state
 from torch import Tensor, nn
 
 import modelbatch
-from bundle_case import assert_relative, row, state
 from modelbatch import ModelBatch, ModelBatchError, StructureMismatchError
 
 
@@ -159,9 +159,7 @@ def test_names_that_are_methods_of_the_bundle() -> None:
             return self.active(self.metrics(self.models[0](x))) * self.step
 
     models = [Named() for _ in range(2)]
-    bundle = ModelBatch(
-        copy.deepcopy(models), lr_list=[0.1, 0.2], optimizer_cls=torch.optim.SGD
-    )
+    bundle = ModelBatch(copy.deepcopy(models), lr_list=[0.1, 0.2], optimizer_cls=torch.optim.SGD)
     assert set(bundle.state_dict()) == set(models[0].state_dict())
     x, y = torch.randn(3, 2), torch.randint(2, (3,))
     torch.testing.assert_close(bundle(x)[1], models[1](x))
@@ -288,8 +286,13 @@ def test_dataclass_outputs() -> None:
 def test_hugging_face_outputs() -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.BertConfig(
-        vocab_size=30, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-        intermediate_size=16, max_position_embeddings=16, num_labels=3,
+        vocab_size=30,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=16,
+        num_labels=3,
     )
     torch.manual_seed(0)
     models = [transformers.BertForSequenceClassification(config).double() for _ in range(2)]
@@ -501,25 +504,51 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
         r"'layer.weight' has shape \(3, 2\) in model 0 and \(4, 2\) in model 1",
     ),
     "missing parameter": (
-        lambda: [Other(), Other(bias=False)], StructureMismatchError, r"layer\.bias"),
+        lambda: [Other(), Other(bias=False)],
+        StructureMismatchError,
+        r"layer\.bias",
+    ),
     "more modules": (
         lambda: [nn.Sequential(nn.ReLU()), nn.Sequential(nn.ReLU(), nn.ReLU())],
-        StructureMismatchError, "model 1 has 3 modules, model 0 has 2"),
+        StructureMismatchError,
+        "model 1 has 3 modules, model 0 has 2",
+    ),
     "other dtype": (
-        lambda: [Other(), Other().double()], StructureMismatchError, "dtype torch.float32 in model 0"),
+        lambda: [Other(), Other().double()],
+        StructureMismatchError,
+        "dtype torch.float32 in model 0",
+    ),
     "other device": (
-        lambda: [Other(), Other().to("meta")], StructureMismatchError, "device cpu in model 0"),
+        lambda: [Other(), Other().to("meta")],
+        StructureMismatchError,
+        "device cpu in model 0",
+    ),
     "other mode": (
-        lambda: [Other(), Other().eval()], StructureMismatchError, "train mode in model 0"),
+        lambda: [Other(), Other().eval()],
+        StructureMismatchError,
+        "train mode in model 0",
+    ),
     "other requires_grad": (
-        lambda: [Other(), Other().requires_grad_(False)], StructureMismatchError, "requires_grad"),
+        lambda: [Other(), Other().requires_grad_(False)],
+        StructureMismatchError,
+        "requires_grad",
+    ),
     "other string": (
-        lambda: [Other(), Other(name="b")], StructureMismatchError,
-        "attribute 'name' differs between models: 'a' in model 0, 'b' in model 1"),
+        lambda: [Other(), Other(name="b")],
+        StructureMismatchError,
+        "attribute 'name' differs between models: 'a' in model 0, 'b' in model 1",
+    ),
     "tied differently": (untied, StructureMismatchError, "tie"),
-    "hook on a parameter": (hooked_parameter, StructureMismatchError, "'weight' has a gradient hook"),
+    "hook on a parameter": (
+        hooked_parameter,
+        StructureMismatchError,
+        "'weight' has a gradient hook",
+    ),
     "lazy": (
-        lambda: [nn.LazyLinear(2), nn.LazyLinear(2)], StructureMismatchError, "not initialised"),
+        lambda: [nn.LazyLinear(2), nn.LazyLinear(2)],
+        StructureMismatchError,
+        "not initialised",
+    ),
     "a single module": (lambda: nn.Linear(2, 2), ModelBatchError, "single module"),
 }
 
@@ -538,17 +567,38 @@ def test_models_that_do_not_fit_are_refused_unchanged(case: str) -> None:
 
 BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "too few rates": (
-        {"lr_list": [0.1], "optimizer_cls": torch.optim.SGD}, ModelBatchError, "1.*2|2.*1"),
+        {"lr_list": [0.1], "optimizer_cls": torch.optim.SGD},
+        ModelBatchError,
+        "1.*2|2.*1",
+    ),
     "negative rate": (
-        {"lr_list": [0.1, -1.0], "optimizer_cls": torch.optim.SGD}, ModelBatchError, "model 1"),
+        {"lr_list": [0.1, -1.0], "optimizer_cls": torch.optim.SGD},
+        ModelBatchError,
+        "model 1",
+    ),
     "nan rate": (
-        {"lr_list": [float("nan"), 0.1], "optimizer_cls": torch.optim.Adam}, ModelBatchError, "model 0"),
+        {"lr_list": [float("nan"), 0.1], "optimizer_cls": torch.optim.Adam},
+        ModelBatchError,
+        "model 0",
+    ),
     "bad beta": (
-        {"lr_list": [0.1, 0.1], "optimizer_cls": torch.optim.Adam,
-         "optimizer_kwargs": [{}, {"betas": (0.9, 1.5)}]}, ModelBatchError, "model 1"),
+        {
+            "lr_list": [0.1, 0.1],
+            "optimizer_cls": torch.optim.Adam,
+            "optimizer_kwargs": [{}, {"betas": (0.9, 1.5)}],
+        },
+        ModelBatchError,
+        "model 1",
+    ),
     "unknown option": (
-        {"lr_list": [0.1, 0.1], "optimizer_cls": torch.optim.SGD,
-         "optimizer_kwargs": {"momentums": 0.9}}, ModelBatchError, "momentums"),
+        {
+            "lr_list": [0.1, 0.1],
+            "optimizer_cls": torch.optim.SGD,
+            "optimizer_kwargs": {"momentums": 0.9},
+        },
+        ModelBatchError,
+        "momentums",
+    ),
     "rates without class": ({"lr_list": [0.1, 0.1]}, ModelBatchError, "need optimizer_cls"),
     "seeds": ({"seeds": [1]}, ModelBatchError, "seeds has 1 entries for 2 models"),
     "bad seed": ({"seeds": [1, 0.5]}, ModelBatchError, r"seeds\[1\]"),
@@ -605,7 +655,9 @@ def test_misuse_of_a_bundle_is_refused() -> None:
 
 
 def test_a_copied_bundle_trains_on_its_own() -> None:
-    bundle = ModelBatch([mlp() for _ in range(2)], lr_list=[0.1] * 2, optimizer_cls=torch.optim.Adam)
+    bundle = ModelBatch(
+        [mlp() for _ in range(2)], lr_list=[0.1] * 2, optimizer_cls=torch.optim.Adam
+    )
     x, y = torch.randn(5, 4), torch.randint(3, (5,))
     bundle.train_step(x, y)
     other = copy.deepcopy(bundle)

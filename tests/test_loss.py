@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from bundle_case import assert_relative, gradients
 from torch import Tensor, nn
 
 import modelbatch
-from bundle_case import assert_relative, gradients
 from modelbatch import FallbackWarning, ModelBatch, ModelBatchError
 
 
@@ -104,9 +104,7 @@ def test_a_masked_sample_may_be_nan(models: Any, batch: Any) -> None:
     own[1, 3] = float("nan")
     mask = torch.ones(3, 8, dtype=torch.bool)
     mask[1, 3] = False
-    bundle.compute_loss(
-        bundle(own), modelbatch.shared(y), sample_weight=mask
-    )
+    bundle.compute_loss(bundle(own), modelbatch.shared(y), sample_weight=mask)
     keep = mask[1]
     assert_relative(bundle.latest_losses[1], F.cross_entropy(models[1](x[keep]), y[keep]), 1e-12)
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from bundle_case import assert_relative, gradients, row
 from torch import Tensor, nn
 
-from bundle_case import assert_relative, gradients, row
 from modelbatch import BatchingError, FallbackWarning, ModelBatch, StructureMismatchError
 
 # ---- plain numbers

@@ -1,4 +1,4 @@
-"""The models' random streams: reproducible, independent of slot and number, and equal to torch's."""
+"""The models' random streams: reproducible, independent of the bundle, and equal to torch's."""
 
 import copy
 from collections.abc import Callable

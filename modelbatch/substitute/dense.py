@@ -12,15 +12,15 @@ class GradMemory:
     """Memory of stacked gradients, kept between steps.
 
     A large gradient in fresh memory costs page faults in every step, up to as much as computing
-    it. `keep` takes a gradient that its parameter no longer needs; `take` hands the memory out again,
-    unless somebody else still looks at it.
+    it. `keep` takes a gradient that its parameter no longer needs; `take` hands the memory out
+    again, unless somebody else still looks at it.
     """
 
     def __init__(self) -> None:
         self._kept: dict[int, tuple[Tensor, int]] = {}
 
     def keep(self, parameter: Tensor, grad: Tensor, own_views: int = 0) -> None:
-        """Keep a cleared gradient of `parameter`; `own_views` other tensors may share its storage."""
+        """Keep a cleared gradient of `parameter`; `own_views` other tensors may share it."""
         if grad.is_contiguous() and grad.shape == parameter.shape:
             self._kept[id(parameter)] = (grad.detach(), own_views)
 
@@ -56,6 +56,7 @@ class StackedLinear(torch.autograd.Function):
         memory: GradMemory | None,
         owner: Tensor | None,
     ) -> Tensor:  # [M, N, O]
+        """See `torch.autograd.Function`."""
         ctx.save_for_backward(x, weight)
         ctx.has_bias, ctx.memory, ctx.owner = bias is not None, memory, owner
         transposed = weight.transpose(1, 2)
@@ -65,6 +66,7 @@ class StackedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        """See `torch.autograd.Function`."""
         grad = grads[0]  # [M, N, O]
         x, weight = ctx.saved_tensors
         needs_x, needs_weight = ctx.needs_input_grad[:2]
@@ -90,9 +92,9 @@ def _autocast_dtype(device: torch.device) -> torch.dtype | None:
     return None
 
 
-def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     # The same tensors that autocast would cast: floating point, but never float64.
-    if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
+    if not tensor.is_floating_point() or tensor.dtype == torch.float64:
         return tensor
     return tensor.to(dtype)
 
@@ -113,8 +115,8 @@ def linear(call: Call, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
     owner = w if w.is_leaf and w.requires_grad else None
     dtype = _autocast_dtype(xs.device)
     if dtype is not None:
-        xs, w, b = _cast(xs, dtype), _cast(w, dtype), _cast(b, dtype)
-        assert xs is not None and w is not None
+        xs, w = _cast(xs, dtype), _cast(w, dtype)
+        b = None if b is None else _cast(b, dtype)
         owner = owner if owner is w else None
     if xs.dtype != w.dtype or (b is not None and b.dtype != w.dtype):
         return NotImplemented

@@ -61,7 +61,7 @@ class Call(TorchFunctionMode):
         streams: the models' random streams.
         grad_memory: keeps the memory of stacked gradients between steps, see `GradMemory`.
         per_model_numbers: whether some plain numbers differ between models.
-        batched_factories: make `torch.zeros` and its like per model, so that they can be written to.
+        batched_factories: make `torch.zeros` and its like per model, so that they can be filled.
         record: called with (function name, path) for `explain()`.
         loops: names of functions that had to be looped over models in this call.
         strict: originals (by id) that must not be reached around the module attributes.
@@ -149,10 +149,10 @@ class Call(TorchFunctionMode):
             result = func(*args, **kwargs)
         except RuntimeError as error:
             return self.loop_over(func, args, kwargs, error)
-        if self.batched_factories and func in _FACTORIES and isinstance(result, Tensor):
-            if not self.is_batched(result):
-                expanded = result.expand(self.num_models, *result.shape)
-                return self.wrap(expanded.clone(memory_format=torch.contiguous_format))
+        made = self.batched_factories and func in _FACTORIES and isinstance(result, Tensor)
+        if made and not self.is_batched(result):
+            expanded = result.expand(self.num_models, *result.shape)
+            return self.wrap(expanded.clone(memory_format=torch.contiguous_format))
         if self.record is not None and not name_of(func).startswith("__"):
             self.record(name_of(func), "torch rule")
         return result
@@ -207,7 +207,7 @@ class Call(TorchFunctionMode):
         return retrieve_current_functorch_interpreter().lower()
 
     def column(self, values: Any, like_dim: int, dtype: torch.dtype) -> Any:
-        """A number for each model as `[M, 1, ...]` that broadcasts against `like_dim` dimensions."""
+        """A number for each model as `[M, 1, ...]`, of `like_dim` dimensions."""
         if isinstance(values, PerModelFloat):
             vector = torch.tensor(values.values, dtype=dtype, device=self.device)
             return vector.view(-1, *([1] * (like_dim - 1)))
@@ -376,7 +376,7 @@ def _without_check(func: types.FunctionType) -> types.FunctionType:
     A mode that calls the original would only meet itself; the copy runs the body, whose inner
     torch calls then reach the mode one by one.
     """
-    names = {**func.__globals__, **{check: _never for check in _CHECKS}}
+    names = {**func.__globals__, **dict.fromkeys(_CHECKS, _never)}
     copy = types.FunctionType(
         func.__code__, names, func.__name__, func.__defaults__, func.__closure__
     )
@@ -397,7 +397,7 @@ handles_per_model_numbers(enter)
 
 
 def enter_all(functions: Iterable[Any]) -> None:
-    """Register `enter` for composite functions that draw random numbers or hold other rules' calls."""
+    """Register `enter` for composite functions that draw random numbers or call other rules."""
     for function in functions:
         RULES[function] = RANDOM_RULES[function] = enter
 

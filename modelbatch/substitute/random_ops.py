@@ -36,9 +36,7 @@ for _name in ("fractional_max_pool2d_with_indices", "fractional_max_pool3d_with_
 # ---- drawing
 
 
-def seeded_by_model(
-    call: Call, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+def seeded_by_model(call: Call, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run a random function once for each model with torch's generators set to its stream.
 
     With `rng="torch"` that is the model's own generator state. Otherwise the state is seeded from
@@ -47,7 +45,7 @@ def seeded_by_model(
     leaves, spec = tree_flatten((args, kwargs))
     if any(isinstance(leaf, torch.Generator) for leaf in leaves):
         raise BatchingError("a random function is given a generator of the model's own")
-    columns = []
+    columns: list[Any] = []
     for leaf in leaves:
         if call.level is not None and call.is_batched(leaf):
             columns.append(call.unwrap(leaf)[0].unbind(0))
@@ -125,7 +123,7 @@ def _drops_nothing(p: Any) -> bool:
 
 def _valid(p: Any) -> bool:
     values = p.values if isinstance(p, PerModelFloat) else (p,)
-    return all(0.0 <= v <= 1.0 for v in values)
+    return all(v is not None and 0.0 <= v <= 1.0 for v in values)
 
 
 @handles_per_model_numbers
@@ -175,7 +173,7 @@ def _dropout(
     return x.copy_(out)
 
 
-# SELU's fixed point: what an alpha dropout puts in place of a dropped value (Klambauer et al., 2017)
+# SELU's fixed point, which takes the place of a dropped value (Klambauer et al., 2017)
 _ALPHA = -1.7580993408473766
 
 
@@ -379,7 +377,8 @@ def fill(call: Call, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     options = {k: v for k, v in kwargs.items() if k != "generator"}
     name = func.__name__
     if name in ("normal_", "log_normal_"):
-        mean, std = _two(numbers, options, "mean", "std", (0.0, 1.0) if name[0] == "n" else (1.0, 2.0))
+        default = (0.0, 1.0) if name == "normal_" else (1.0, 2.0)
+        mean, std = _two(numbers, options, "mean", "std", default)
         value = _normal(call, x.shape, _draw_dtype(x.dtype)) * std + mean
         return _write(call, x, value.exp() if name == "log_normal_" else value)
     if name == "bernoulli_":
