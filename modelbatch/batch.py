@@ -16,6 +16,7 @@ from .errors import ModelBatchError
 from .explain import Report
 from .forward import Forward
 from .inputs import resolve
+from .optim import LockstepLBFGS, merge_configs
 from .pytree import flatten
 from .random import Streams, check_seeds, derive_seeds, torch_rng
 from .stack import Stack, stack_from_factory
@@ -316,7 +317,28 @@ class ModelBatch(Bundle):
             raise ModelBatchError(
                 "this bundle has no optimizer; give ModelBatch lr_list= and optimizer_cls="
             )
-        return self._optimizer.step(closure) if closure is not None else self._optimizer.step()
+        if closure is None:
+            return self._optimizer.step()
+        return self._optimizer.step(self._closure_of_the_searching(closure))
+
+    def _closure_of_the_searching(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """During a line search, models that have finished theirs are as good as frozen."""
+        optimizer = self._optimizer
+        if not isinstance(optimizer, LockstepLBFGS):
+            return closure
+
+        def evaluate() -> Any:
+            active, tensor = self._active, self._active_tensor
+            searching = list(optimizer.evaluating)
+            if not all(searching):
+                self._active = [a and b for a, b in zip(active, searching)]
+                self._active_tensor = self.active
+            try:
+                return closure()
+            finally:
+                self._active, self._active_tensor = active, tensor
+
+        return evaluate
 
     def train_step(
         self,
@@ -428,8 +450,6 @@ class ModelBatch(Bundle):
             if lr_list is not None or optimizer_kwargs is not None:
                 raise ModelBatchError("lr_list and optimizer_kwargs need optimizer_cls")
             return None
-        from .optim import merge_configs
-
         return merge_configs(optimizer_cls, num_models, lr_list, optimizer_kwargs)
 
 

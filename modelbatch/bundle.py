@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from .errors import ModelBatchError
 from .forward import Forward
+from .optim import build_view_optimizer
 from .random import Streams
 from .stack import Stack
 from .substitute import GradMemory
@@ -183,8 +184,6 @@ class Bundle(nn.Module):
     def _build_optimizer(
         self, optimizer_cls: type[Optimizer], configs: Sequence[dict[str, Any]]
     ) -> None:
-        from .optim import build_view_optimizer
-
         self._recipe = (optimizer_cls, configs)
         self._optimizer = build_view_optimizer(
             dict(self.named_parameters()),

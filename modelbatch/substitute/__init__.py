@@ -1,8 +1,24 @@
 """Rules for torch functions inside a bundle's forward; importing this package registers them."""
 
-from . import attention, conv, dense, embedding, losses, norm, random_ops
+from . import (
+    attention,
+    autograd_state,
+    conv,
+    dense,
+    embedding,
+    folds,
+    indexing,
+    layer_norm,
+    losses,
+    norm,
+    random_ops,
+    rewrites,
+)
+from .autocast import install
 from .dense import GradMemory
 from .mode import RULES, Call, NeedsBatchedFactories
+
+install()
 
 __all__ = [
     "RULES",
@@ -10,10 +26,15 @@ __all__ = [
     "GradMemory",
     "NeedsBatchedFactories",
     "attention",
+    "autograd_state",
     "conv",
     "dense",
     "embedding",
+    "folds",
+    "indexing",
+    "layer_norm",
     "losses",
     "norm",
     "random_ops",
+    "rewrites",
 ]

@@ -1,15 +1,16 @@
 """What a forward asks of autograd: whether a tensor needs a gradient, hooks, checkpoints."""
 
-import copy
-import sys
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from threading import get_ident
 from typing import Any
 
 import torch
 import torch._C._functorch as functorch
+import torch.utils.checkpoint as checkpoint
 from torch import Tensor
 
-from ..errors import BatchingError
 from .mode import Call, register
 
 
@@ -52,46 +53,73 @@ def register_hook(call: Call, func: Any, args: tuple[Any, ...], kwargs: dict[str
         return functorch.get_unwrapped(args[0]).register_hook(all_models)
 
 
-def _checkpoint_frame() -> Any:
-    """The frame of torch's checkpoint that is just being set up, None if there is none."""
-    frame: Any = sys._getframe(1)
-    for _ in range(8):
-        frame = frame.f_back
-        if frame is None:
-            return None
-        if frame.f_code.co_name == "_checkpoint_without_reentrant_generator":
-            return frame
-    return None
+Resume = Callable[[], Callable[[], AbstractContextManager[Any]]]
 
 
-@register(torch.empty, random=True)
-def empty(call: Call, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Notices `torch.utils.checkpoint`, which starts by making an empty leaf.
+@contextlib.contextmanager
+def no_saved_tensor_hooks() -> Iterator[None]:
+    """Refuse hooks on saved tensors, as `torch.utils.checkpoint` sets them, while all models run.
 
-    Its second forward runs in the backward, when the models' vmap level and streams are gone. So
-    the models run one by one, and the second forward gets the random stream of the first.
+    In the backward, when the hooks are called, the models' vmap level is gone. The error makes the
+    forward run model by model.
     """
-    if not kwargs.get("requires_grad") or args != ((0,),):
-        return NotImplemented
-    frame = _checkpoint_frame()
-    if frame is None:
-        return NotImplemented
-    if call.level is not None:
-        raise BatchingError("torch.utils.checkpoint runs the forward again in the backward")
-    recompute = frame.f_locals.get("recompute_fn")
-    cells = dict(zip(recompute.__code__.co_freevars, recompute.__closure__)) if recompute else {}
-    if "fn" not in cells and "function" not in cells:
-        raise BatchingError("this version of torch.utils.checkpoint cannot follow random streams")
-    cell = cells["fn"] if "fn" in cells else cells["function"]
-    cell.cell_contents = _with_stream(call, cell.cell_contents)
-    return NotImplemented
+    before = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message()
+    torch._C._autograd._saved_tensors_hooks_disable(
+        "vmap: hooks on saved tensors (torch.utils.checkpoint) see one model at a time", False
+    )
+    try:
+        yield
+    finally:
+        if before is None:
+            torch._C._autograd._saved_tensors_hooks_enable()
+        else:
+            torch._C._autograd._saved_tensors_hooks_disable(before, False)
 
 
-def _with_stream(call: Call, function: Callable[..., Any]) -> Callable[..., Any]:
-    start = copy.copy(call.streams)
+@contextlib.contextmanager
+def replayed_checkpoints(resume: Resume) -> Iterator[None]:
+    """Let checkpoints of one model's forward run again, in the backward, as they ran before.
 
-    def again(*args: Any, **kwargs: Any) -> Any:
-        with Call(1, None, copy.copy(start), device=call.device):
+    Args:
+        resume: called where a checkpoint starts; what it returns is called for a context in which
+            the model has the same tensors and random stream as at that place.
+    """
+    thread = get_ident()
+    without_reentry = checkpoint._checkpoint_without_reentrant_generator
+    with_reentry = checkpoint.CheckpointFunction
+
+    def generator(function: Any, *args: Any, **kwargs: Any) -> Any:
+        if get_ident() == thread:
+            function = _again(function, resume(), first=False)
+        return without_reentry(function, *args, **kwargs)
+
+    class Reentrant:
+        @staticmethod
+        def apply(function: Any, *args: Any) -> Any:
+            if get_ident() == thread:
+                function = _again(function, resume(), first=True)
+            return with_reentry.apply(function, *args)
+
+    checkpoint._checkpoint_without_reentrant_generator = generator
+    checkpoint.CheckpointFunction = Reentrant  # type: ignore[misc,assignment]
+    try:
+        yield
+    finally:
+        checkpoint._checkpoint_without_reentrant_generator = without_reentry
+        checkpoint.CheckpointFunction = with_reentry  # type: ignore[misc]
+
+
+def _again(
+    function: Callable[..., Any], context: Callable[[], AbstractContextManager[Any]], first: bool
+) -> Callable[..., Any]:
+    """`function`, run in a context, except for its first call if that is the forward's own."""
+    forward = [first]
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if forward[0]:
+            forward[0] = False
+            return function(*args, **kwargs)
+        with context():
             return function(*args, **kwargs)
 
-    return again
+    return run
