@@ -16,6 +16,7 @@ from .errors import ModelBatchError
 from .explain import Report
 from .forward import Forward
 from .inputs import resolve
+from .memory import keep_freed_memory
 from .optim import LockstepLBFGS, merge_configs
 from .pytree import flatten
 from .random import Streams, check_seeds, derive_seeds, torch_rng
@@ -105,6 +106,8 @@ class ModelBatch(Bundle):
             device = tensor_at(walk(models[0])[1], slots[0]).device
         streams = Streams(rng, checked_seeds, device)
         # from here on nothing fails: the models become views
+        if device.type == "cpu":
+            keep_freed_memory()
         self.shared_input = shared_input
         self._streams = streams
         self._stack = Stack(models, structure, self, _stacked)
