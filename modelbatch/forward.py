@@ -7,7 +7,9 @@ of its own, nothing has changed, and the models run one by one with the same str
 """
 
 import contextlib
+import copy
 import functools
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -28,13 +30,21 @@ from .random import Streams
 from .snapshot import Snapshot
 from .stack import Stack
 from .structure import Slot
+from .substitute.attention import padded_encoder
+from .substitute.autograd_state import no_saved_tensor_hooks, replayed_checkpoints
 from .substitute.mode import Call, NeedsBatchedFactories, Refused
 from .substitute.norm import cumulative_batch_norm
 
 _models_axis = functools.partial(torch_vmap.vmap_increment_nesting, randomness="different")
-_IN_PLACE = "vmap: inplace"
+_IN_PLACE = re.compile(
+    r"vmap: inplace|\(self, \*extra_args\) is not possible|match the broadcast shape"
+)
 _MISSING: Any = object()
 _KEPT_ENTRIES = frozenset({"_flat_weights", "forward"})
+
+
+def _expandable(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.layout is torch.strided and not leaf.is_nested
 
 
 class Forward:
@@ -134,7 +144,7 @@ class Forward:
                 except NeedsBatchedFactories:
                     self.batched_factories = True
                 except Exception as error:
-                    self.batched_factories |= _IN_PLACE in str(error)
+                    self.batched_factories |= _IN_PLACE.search(str(error)) is not None
                     if not self.batched_factories:
                         reason = self._explain_loop(error, leaves, batched, spec, training)
                 if self.batched_factories:
@@ -183,7 +193,8 @@ class Forward:
             self.batched_factories = True
         except Exception as error:
             failure = error
-            retry = _IN_PLACE in str(error) and not self.batched_factories
+            in_place = _IN_PLACE.search(str(error)) is not None
+            retry = in_place and not self.batched_factories
             self.batched_factories |= retry
             if not retry:
                 self._undo(snapshot, streams)
@@ -251,6 +262,12 @@ class Forward:
         stack = self.stack
         with FallbackWatch(checking) as watch, _models_axis(stack.num_models) as level:
             call = self._call(stack.num_models, level, self.streams, checking)
+            if self.batched_factories:  # what derives from a shared input may be written to as well
+                leaves = [
+                    leaf if own or not _expandable(leaf) else leaf.expand(stack.num_models, *leaf.shape)
+                    for leaf, own in zip(leaves, batched)
+                ]
+                batched = [own or _expandable(leaf) for leaf, own in zip(leaves, batched)]
             wrapped = [
                 functorch._add_batch_dim(leaf, 0, level) if is_batched else leaf
                 for leaf, is_batched in zip(leaves, batched)
@@ -260,7 +277,7 @@ class Forward:
                 functorch._add_batch_dim(stack.tensor(slot), 0, level) for slot in stack.slots
             ]
             with self._swapped(0, tensors, level) as attributes:
-                with call:
+                with call, no_saved_tensor_hooks():
                     out = stack.models[0](*args, **kwargs)
                 self._collect(call, tensors, attributes, level)
             flat, out_spec = flatten(out)
@@ -331,6 +348,10 @@ class Forward:
                     put(module.__dict__, "_flat_weights", flat)
                 elif isinstance(module, _BatchNorm) and level is not None:
                     self._override_batch_norm(module, put)
+                elif isinstance(module, nn.TransformerEncoder) and level is not None:
+                    if type(module).forward is nn.TransformerEncoder.forward:
+                        forward = functools.partial(padded_encoder, module)
+                        put(module.__dict__, "forward", forward)
             if level is not None:
                 for (index, name), number in self.stack.structure.per_model.items():
                     put(modules[index].__dict__, name, number)
@@ -428,9 +449,9 @@ class Forward:
                 for slot, slices in zip(stack.slots, unbound)
             ]
             streams = self.streams.fork(i) if self.streams.kind == "philox" else self.streams
-            call = self._call(1, None, streams, False)
-            with self._swapped(i, tensors, None):
-                with call, self._torch_state(i):
+            resume = functools.partial(self._resume, i, tensors, streams)
+            with self._swapped(i, tensors, None), replayed_checkpoints(resume):
+                with self._random_mode(streams), self._torch_state(i):
                     out = stack.models[i](*args, **kwargs)
                 self._collect_assigned(i, tensors, assigned)
             op_index = max(op_index, streams.op_index)
@@ -442,6 +463,25 @@ class Forward:
             for position, values in assigned.items():
                 stack.replace_buffer(stack.slots[position], torch.stack(values))
         return unflatten(_stack_rows(flat_results), first_spec)
+
+    def _random_mode(self, streams: Streams) -> contextlib.AbstractContextManager[Any]:
+        """What makes one model draw from its stream; torch's own generators need nothing."""
+        if streams.kind == "torch":
+            return contextlib.nullcontext()
+        return self._call(1, None, streams, False)
+
+    def _resume(
+        self, i: int, tensors: Sequence[Tensor], streams: Streams
+    ) -> Callable[[], contextlib.AbstractContextManager[Any]]:
+        """Remember where model i's forward is, to run a part of it again in the backward."""
+        here = copy.copy(streams)
+
+        @contextlib.contextmanager
+        def again() -> Iterator[None]:
+            with self._swapped(i, tensors, None), self._random_mode(copy.copy(here)):
+                yield
+
+        return again
 
     def _own_buffer(self, i: int, slot: Slot) -> Tensor:
         index, attribute = slot.places[0]

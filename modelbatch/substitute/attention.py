@@ -1,11 +1,12 @@
 """Scaled dot product attention: it has no weights, so models fold into the batch axis."""
 
+import functools
 import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..attributes import PerModelFloat
 from .mode import Call, handles_per_model_numbers, register
@@ -68,11 +69,56 @@ def scaled_dot_product_attention(
         for t, h in zip((q, k, v), heads)
     )
     mask = _fold_mask(call, arguments.attn_mask, (*batch, heads[0]))
-    out = func(q, k, v, mask, 0.0, **arguments.options())
+    with call.lowered():
+        out = func(q, k, v, mask, 0.0, **arguments.options())
     full = out.view(call.num_models, *batch, *out.shape[1:])
     if rank == 0:  # [L, E] queries: drop the head axis that was put in
         full = full.squeeze(-3)
     return call.wrap(full)
+
+
+@register(torch._nested_tensor_from_mask_left_aligned)
+def left_aligned(call: Call, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """What `nn.TransformerEncoder` asks before it turns a padded batch into a nested tensor."""
+    return False
+
+
+def padded_encoder(
+    module: nn.TransformerEncoder,
+    src: Tensor,
+    mask: Tensor | None = None,
+    src_key_padding_mask: Tensor | None = None,
+    is_causal: bool | None = None,
+) -> Tensor:
+    """`nn.TransformerEncoder.forward`, with zeros where its nested tensors would have put them.
+
+    One model alone leaves padding out of the batch where it needs no gradients, and fills it up with
+    zeros before the last normalisation.
+    """
+    layer: Any = module.layers[0]
+    needs_grad = torch.is_grad_enabled() and any(p.requires_grad for p in layer.parameters())
+    forward = functools.partial(nn.TransformerEncoder.forward, module)
+    if (
+        not module.use_nested_tensor
+        or not torch.backends.mha.get_fastpath_enabled()
+        or layer.training
+        or src.dim() != 3
+        or src_key_padding_mask is None
+        or mask is not None
+        or torch.is_autocast_enabled()
+        or needs_grad
+        or (torch.is_grad_enabled() and src.requires_grad)
+    ):
+        return forward(src, mask, src_key_padding_mask, is_causal)
+    norm, module.norm = module.norm, None
+    try:
+        out = forward(src, mask, src_key_padding_mask, is_causal)
+    finally:
+        module.norm = norm
+    padding = src_key_padding_mask.bool()
+    aligned = (padding[:, :-1] <= padding[:, 1:]).all()
+    out = out.masked_fill((padding & aligned).unsqueeze(-1), 0.0)
+    return out if norm is None else norm(out)
 
 
 class _Arguments:

@@ -27,7 +27,7 @@ _LOSSES = (
 )
 _LINALG = (
     "cond det eig eigh eigvals eigvalsh inv inv_ex lstsq lu_factor lu_solve matrix_rank "
-    "pinv qr slogdet solve solve_triangular svd svdvals tensorinv tensorsolve cholesky cholesky_ex "
+    "qr slogdet solve solve_triangular svd svdvals tensorinv tensorsolve cholesky cholesky_ex "
     "householder_product"
 )
 _FFT = (
@@ -36,8 +36,8 @@ _FFT = (
 POLICIES: dict[str, dict[str, str]] = {
     "cpu": {
         "lower": "prelu addmm addbmm baddbmm chain_matmul linalg.vecdot",
-        "off": "mv dot vdot inner addmv",
-        "float32": f"{_LOSSES} cross_entropy trace cdist logdet inverse pinverse "
+        "off": "mv dot vdot inner addmv bilinear",
+        "float32": f"{_LOSSES} cross_entropy trace cdist logdet inverse "
         + " ".join(f"linalg.{n}" for n in _LINALG.split())
         + " "
         + " ".join(f"fft.{n}" for n in _FFT.split()),

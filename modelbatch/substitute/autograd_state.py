@@ -53,6 +53,15 @@ def register_hook(call: Call, func: Any, args: tuple[Any, ...], kwargs: dict[str
         return functorch.get_unwrapped(args[0]).register_hook(all_models)
 
 
+# the function that runs a checkpoint without re-entrant autograd, by the version of torch
+_GENERATOR = next(
+    name
+    for name in (
+        "_checkpoint_without_reentrant_generator_impl",
+        "_checkpoint_without_reentrant_generator",
+    )
+    if hasattr(checkpoint, name)
+)
 Resume = Callable[[], Callable[[], AbstractContextManager[Any]]]
 
 
@@ -85,7 +94,7 @@ def replayed_checkpoints(resume: Resume) -> Iterator[None]:
             the model has the same tensors and random stream as at that place.
     """
     thread = get_ident()
-    without_reentry = checkpoint._checkpoint_without_reentrant_generator
+    without_reentry = getattr(checkpoint, _GENERATOR)
     with_reentry = checkpoint.CheckpointFunction
 
     def generator(function: Any, *args: Any, **kwargs: Any) -> Any:
@@ -100,12 +109,12 @@ def replayed_checkpoints(resume: Resume) -> Iterator[None]:
                 function = _again(function, resume(), first=True)
             return with_reentry.apply(function, *args)
 
-    checkpoint._checkpoint_without_reentrant_generator = generator
+    setattr(checkpoint, _GENERATOR, generator)
     checkpoint.CheckpointFunction = Reentrant  # type: ignore[misc,assignment]
     try:
         yield
     finally:
-        checkpoint._checkpoint_without_reentrant_generator = without_reentry
+        setattr(checkpoint, _GENERATOR, without_reentry)
         checkpoint.CheckpointFunction = with_reentry  # type: ignore[misc]
 
 

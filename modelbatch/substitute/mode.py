@@ -139,7 +139,8 @@ class Call(TorchFunctionMode):
         if rule is not None:
             result = rule(self, func, args, kwargs)
             if result is not NotImplemented:
-                if self.record is not None and rule is not enter:
+                looped = name_of(func) in self.loops
+                if self.record is not None and rule is not enter and not looped:
                     self.record(name_of(func), "modelbatch rule")
                 return result
         return self._default(func, args, kwargs)
@@ -261,9 +262,10 @@ class Call(TorchFunctionMode):
             else:
                 columns.append((leaf,) * self.num_models)
         results = []
-        for row in zip(*columns):
-            one_args, one_kwargs = tree_unflatten(list(row), spec)
-            results.append(func(*one_args, **one_kwargs))
+        with self.lowered():
+            for row in zip(*columns):
+                one_args, one_kwargs = tree_unflatten(list(row), spec)
+                results.append(func(*one_args, **one_kwargs))
         return self.stack(results)
 
     def stack(self, results: list[Any]) -> Any:

@@ -28,9 +28,6 @@ enter_all(
         F.rrelu,
     ]
 )
-for _name in ("fractional_max_pool2d_with_indices", "fractional_max_pool3d_with_indices"):
-    if hasattr(F, _name):
-        enter_all([getattr(F, _name)])
 
 
 # ---- drawing

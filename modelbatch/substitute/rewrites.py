@@ -14,7 +14,8 @@ from torch import Tensor
 from torch._C import _nn
 
 from .folds import any_batched, reduce
-from .mode import RULES, Call, NeedsBatchedFactories, enter, handles_per_model_numbers, register
+from .losses import cross_entropy as plain_cross_entropy
+from .mode import RULES, Call, enter, handles_per_model_numbers, register
 
 
 def rewrite(*functions: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -183,13 +184,10 @@ def gaussian_nll_loss(call: Call, func: Any, args: tuple[Any, ...], kwargs: dict
     return reduce(losses, {"none": 0, "mean": 1, "sum": 2}[reduction])
 
 
-_cross_entropy = RULES.get(F.cross_entropy)
-
-
 @register(F.cross_entropy)
 def cross_entropy(call: Call, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Cross entropy of shared outputs with label smoothing, whose kernel writes into them."""
-    result = NotImplemented if _cross_entropy is None else _cross_entropy(call, func, args, kwargs)
+    result = plain_cross_entropy(call, func, args, kwargs)
     if result is not NotImplemented or not args or call.is_batched(args[0]):
         return result
     smoothed = kwargs.get("label_smoothing", 0.0) or len(args) > 7
@@ -198,12 +196,13 @@ def cross_entropy(call: Call, func: Any, args: tuple[Any, ...], kwargs: dict[str
     return func(call.wrap(call.physical(args[0])), *args[1:], **kwargs)
 
 
-@register(F.huber_loss, torch.prelu)
+@register(F.mse_loss, F.smooth_l1_loss, F.huber_loss, torch.prelu)
 def expanded_input(call: Call, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Functions whose rule in torch resizes the result if only the second argument is batched."""
-    if not any_batched(call, args, kwargs) or not args or call.is_batched(args[0]):
+    """Functions whose rule in torch resizes a result if only one argument is batched."""
+    if len(args) < 2 or call.is_batched(args[0]) == call.is_batched(args[1]):
         return NotImplemented
-    return func(call.wrap(call.physical(args[0])), *args[1:], **kwargs)
+    a, b = (call.wrap(call.physical(t)) for t in args[:2])
+    return func(a, b, *args[2:], **kwargs)
 
 
 # ---- distances and products
@@ -337,5 +336,3 @@ def lstm_cell(
     c = torch.sigmoid(forget) * c + torch.sigmoid(into) * torch.tanh(cell)
     return torch.sigmoid(out) * torch.tanh(c), c
 
-
-__all__ = ["NeedsBatchedFactories", "rewrite"]
