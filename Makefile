@@ -47,7 +47,7 @@ format: $(DEPS) ## rewrite the sources in the project's style
 	$(BIN)/clang-format -i $(FORMATTED)
 
 docs: $(BUILT) $(DOCS) ## build the documentation into site/
-	$(BIN)/python -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 bench: $(BUILT) ## measure, and write results/
 	$(BIN)/python benchmarks/run_all.py

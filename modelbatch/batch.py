@@ -17,7 +17,7 @@ from .explain import Report
 from .forward import Forward
 from .inputs import resolve
 from .memory import keep_freed_memory
-from .optim import LockstepLBFGS, merge_configs
+from .optim import LockstepLBFGS, PerModelOptimizer, merge_configs
 from .pytree import flatten
 from .random import Streams, check_seeds, derive_seeds, torch_rng
 from .stack import Stack, stack_from_factory
@@ -304,7 +304,10 @@ class ModelBatch(Bundle):
                 grad.detach_().zero_()
                 continue
             parameter.grad = None
-            self._grad_memory.keep(parameter, grad)
+            own = 0
+            if isinstance(self._optimizer, PerModelOptimizer):
+                own = self._optimizer.kept_slices(parameter, grad)
+            self._grad_memory.keep(parameter, grad, own)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of `mb.optimizer`.

@@ -262,9 +262,11 @@ class Forward:
         stack = self.stack
         with FallbackWatch(checking) as watch, _models_axis(stack.num_models) as level:
             call = self._call(stack.num_models, level, self.streams, checking)
-            if self.batched_factories:  # what derives from a shared input may be written to as well
+            if self.batched_factories:  # what a shared input becomes may be written to as well
                 leaves = [
-                    leaf if own or not _expandable(leaf) else leaf.expand(stack.num_models, *leaf.shape)
+                    leaf.expand(stack.num_models, *leaf.shape)
+                    if not own and _expandable(leaf)
+                    else leaf
                     for leaf, own in zip(leaves, batched)
                 ]
                 batched = [own or _expandable(leaf) for leaf, own in zip(leaves, batched)]
@@ -348,10 +350,8 @@ class Forward:
                     put(module.__dict__, "_flat_weights", flat)
                 elif isinstance(module, _BatchNorm) and level is not None:
                     self._override_batch_norm(module, put)
-                elif isinstance(module, nn.TransformerEncoder) and level is not None:
-                    if type(module).forward is nn.TransformerEncoder.forward:
-                        forward = functools.partial(padded_encoder, module)
-                        put(module.__dict__, "forward", forward)
+                elif level is not None and type(module) is nn.TransformerEncoder:
+                    put(module.__dict__, "forward", functools.partial(padded_encoder, module))
             if level is not None:
                 for (index, name), number in self.stack.structure.per_model.items():
                     put(modules[index].__dict__, name, number)

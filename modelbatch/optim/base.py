@@ -48,6 +48,10 @@ class PerModelOptimizer(Optimizer):
     def param_groups(self, groups: list[dict[str, Any]]) -> None:
         self.__dict__["param_groups"] = groups
 
+    def kept_slices(self, stacked: Tensor, grad: Tensor) -> int:
+        """How many views of a cleared stacked gradient this optimizer keeps for its next use."""
+        return self._views.slices_of(stacked, grad)
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients of all models.
 

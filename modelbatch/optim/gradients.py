@@ -77,6 +77,14 @@ class GradientViews:
         """The stacked gradients that are shown at the moment, `[M, *shape]` each."""
         return [entry.grad for entry in self._entries if entry.grad is not None]
 
+    def slices_of(self, stacked: Tensor, grad: Tensor) -> int:
+        """How many views of a stacked gradient are kept for its next use."""
+        for entry in self._entries:
+            if entry.stacked is stacked:
+                kept = entry.kept is not None and entry.kept() is grad
+                return len(entry.slices) if kept else 0
+        return 0
+
     def is_active(self, i: int) -> bool:
         """Whether the last refresh gave model i its gradients."""
         return self._bound_active[i]

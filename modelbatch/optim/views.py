@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adagrad, Adam, AdamW, Optimizer
 
 from ..errors import ModelBatchError
+from .adam_loop import AdamLoop
 from .base import PerModelOptimizer, unhooked_step
 from .configs import separate_tensors, stock_optimizer
 from .gradients import GradientViews
@@ -77,6 +78,7 @@ class ViewOptimizer(PerModelOptimizer):
         self._configs = configs
         self._auto_fused = [False] * len(configs)
         self._fused_pattern: Any = None  # of gradients, that the fused kernels are known to take
+        self._adam = AdamLoop(self) if AdamLoop.suits(optimizer_cls) else None
         # Each model's stock optimizer completes its options, refuses what torch refuses, and makes
         # whatever state the class creates at construction.
         alone = []
@@ -116,8 +118,12 @@ class ViewOptimizer(PerModelOptimizer):
         update = unhooked_step(self._optimizer_cls)
         if "found_inf" in self.__dict__ or "grad_scale" in self.__dict__:
             result = self._scaled_step(update, arguments)
-        else:
+        elif not (self._adam is not None and all(self._auto_fused) and closure is None) or (
+            not self._adam.step(self.__dict__["param_groups"], self._views.pattern)
+        ):
             result = update(self, *arguments)
+        else:
+            result = None
         # The update went through views with version counters of their own. Autograd must learn
         # that the stacked parameters it saved have changed.
         torch.autograd.graph.increment_version(self._views.stacked)
@@ -139,7 +145,7 @@ class ViewOptimizer(PerModelOptimizer):
         ]
         super().load_state_dict({**state_dict, "param_groups": groups})
         self._auto_fused = automatic
-        self._fused_pattern = None
+        self._forget()
 
     def model_state_dict(self, i: int) -> dict[str, Any]:  # noqa: D102 - inherited
         state_dict = super().model_state_dict(i)
@@ -154,7 +160,12 @@ class ViewOptimizer(PerModelOptimizer):
         automatic = _choose_fused(self._optimizer_cls, group, self._views.params[i])
         super().load_model_state_dict(i, {**state_dict, "param_groups": [group]})
         self._auto_fused[i] = automatic
+        self._forget()
+
+    def _forget(self) -> None:
         self._fused_pattern = None
+        if self._adam is not None:
+            self._adam.forget()
 
     def _refresh(self) -> None:
         self._views.refresh()

@@ -92,8 +92,8 @@ def padded_encoder(
 ) -> Tensor:
     """`nn.TransformerEncoder.forward`, with zeros where its nested tensors would have put them.
 
-    One model alone leaves padding out of the batch where it needs no gradients, and fills it up with
-    zeros before the last normalisation.
+    One model alone leaves padding out of the batch where it needs no gradients, and fills it up
+    with zeros before the last normalisation.
     """
     layer: Any = module.layers[0]
     needs_grad = torch.is_grad_enabled() and any(p.requires_grad for p in layer.parameters())

@@ -30,9 +30,7 @@ _LINALG = (
     "qr slogdet solve solve_triangular svd svdvals tensorinv tensorsolve cholesky cholesky_ex "
     "householder_product"
 )
-_FFT = (
-    "fft ifft fft2 ifft2 fftn ifftn rfft irfft rfft2 irfft2 rfftn irfftn hfft ihfft"
-)
+_FFT = "fft ifft fft2 ifft2 fftn ifftn rfft irfft rfft2 irfft2 rfftn irfftn hfft ihfft"
 POLICIES: dict[str, dict[str, str]] = {
     "cpu": {
         "lower": "prelu addmm addbmm baddbmm chain_matmul linalg.vecdot",
@@ -76,9 +74,7 @@ def _table() -> dict[Any, dict[str, str]]:
 
 
 def _eligible(value: Any) -> bool:
-    return (
-        isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
-    )
+    return isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
 
 
 def _cast(kind: str, device: str, values: Any, kwargs: dict[str, Any]) -> Any:
@@ -90,6 +86,7 @@ def _cast(kind: str, device: str, values: Any, kwargs: dict[str, Any]) -> Any:
         if _eligible(first) and kwargs.get("dtype") is None:
             kwargs = {**kwargs, "dtype": torch.float32}
         return values, kwargs
+    dtype: torch.dtype | None
     if kind == "lower":
         dtype = torch.get_autocast_dtype(device)
     elif kind == "promote":

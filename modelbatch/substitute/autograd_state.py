@@ -13,12 +13,11 @@ from torch import Tensor
 
 from .mode import Call, register
 
+_PROPERTIES: list[Any] = [Tensor.requires_grad, Tensor.grad_fn, Tensor.is_leaf]
+_DATA: Any = Tensor.data
 
-@register(
-    Tensor.requires_grad.__get__,  # type: ignore[attr-defined]
-    Tensor.grad_fn.__get__,  # type: ignore[attr-defined]
-    Tensor.is_leaf.__get__,  # type: ignore[attr-defined]
-)
+
+@register(*(descriptor.__get__ for descriptor in _PROPERTIES))
 def autograd_property(call: Call, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Properties that the tensor of all models has and its wrapper hides."""
     if not call.is_batched(args[0]):
@@ -27,7 +26,7 @@ def autograd_property(call: Call, func: Any, args: tuple[Any, ...], kwargs: dict
         return func(functorch.get_unwrapped(args[0]))
 
 
-@register(Tensor.data.__get__)  # type: ignore[attr-defined]
+@register(_DATA.__get__)
 def data(call: Call, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """`x.data`: the value alone."""
     return args[0].detach() if call.is_batched(args[0]) else NotImplemented

@@ -21,8 +21,8 @@ class GradMemory:
 
     def keep(self, parameter: Tensor, grad: Tensor, own_views: int = 0) -> None:
         """Keep a cleared gradient of `parameter`; `own_views` other tensors may share it."""
-        if grad.is_contiguous() and grad.shape == parameter.shape:
-            self._kept[id(parameter)] = (grad.detach(), own_views)
+        if grad.grad_fn is None and grad.is_contiguous() and grad.shape == parameter.shape:
+            self._kept[id(parameter)] = (grad, own_views)
 
     def take(self, parameter: Tensor) -> Tensor | None:
         """Memory for a new gradient of `parameter`, None if there is none to reuse."""
@@ -54,11 +54,11 @@ class StackedLinear(torch.autograd.Function):
         weight: Tensor,  # [M, O, I]
         bias: Tensor | None,  # [M, O]
         memory: GradMemory | None,
-        owner: Tensor | None,
+        owners: tuple[Tensor | None, Tensor | None],
     ) -> Tensor:  # [M, N, O]
         """See `torch.autograd.Function`."""
         ctx.save_for_backward(x, weight)
-        ctx.has_bias, ctx.memory, ctx.owner = bias is not None, memory, owner
+        ctx.has_bias, ctx.memory, ctx.owners = bias is not None, memory, owners
         transposed = weight.transpose(1, 2)
         if bias is None:
             return torch.bmm(x, transposed)
@@ -73,17 +73,24 @@ class StackedLinear(torch.autograd.Function):
         grad_x = torch.bmm(grad, weight) if needs_x else None
         grad_weight = grad_bias = None
         if needs_weight:
+            out = _memory_for(ctx, 0)
             transposed = grad.transpose(1, 2)
-            out = None
-            if ctx.memory is not None and not torch.is_grad_enabled():
-                out = ctx.memory.take(ctx.owner)
-            if out is not None:
-                grad_weight = torch.bmm(transposed, x, out=out)
-            else:
-                grad_weight = torch.bmm(transposed, x)
+            grad_weight = (
+                torch.bmm(transposed, x) if out is None else torch.bmm(transposed, x, out=out)
+            )
         if ctx.has_bias and ctx.needs_input_grad[2]:
-            grad_bias = grad.sum(1)
+            out = _memory_for(ctx, 1)
+            grad_bias = grad.sum(1) if out is None else torch.sum(grad, 1, out=out)
         return grad_x, grad_weight, grad_bias, None, None
+
+
+def _memory_for(ctx: Any, which: int) -> Tensor | None:
+    # a gradient that is itself differentiated must not share its memory with anything
+    owner = ctx.owners[which]
+    if ctx.memory is None or owner is None or torch.is_grad_enabled():
+        return None
+    memory: Tensor | None = ctx.memory.take(owner)
+    return memory
 
 
 def _autocast_dtype(device: torch.device) -> torch.dtype | None:
@@ -112,12 +119,15 @@ def linear(call: Call, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
         return NotImplemented
     if x.shape[-1] != w.shape[2] or xs.is_sparse or xs.layout is torch.sparse_csr:
         return NotImplemented
-    owner = w if w.is_leaf and w.requires_grad else None
+    owners = (
+        w if w.is_leaf and w.requires_grad else None,
+        b if b is not None and b.is_leaf and b.requires_grad else None,
+    )
     dtype = _autocast_dtype(xs.device)
     if dtype is not None:
         xs, w = _cast(xs, dtype), _cast(w, dtype)
         b = None if b is None else _cast(b, dtype)
-        owner = owner if owner is w else None
+        owners = (None, None)
     if xs.dtype != w.dtype or (b is not None and b.dtype != w.dtype):
         return NotImplemented
     rows = x.shape[:-1].numel()
@@ -125,13 +135,13 @@ def linear(call: Call, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
         flat = xs.reshape(call.num_models, rows, w.shape[2])
     else:
         flat = xs.reshape(1, rows, w.shape[2]).expand(call.num_models, -1, -1)
-    memory = call.grad_memory if owner is not None else None
+    memory = call.grad_memory
     with call.lowered():
         if dtype is None:
-            out = StackedLinear.apply(flat, w, b, memory, owner)
+            out = StackedLinear.apply(flat, w, b, memory, owners)
         else:
             with torch.autocast(xs.device.type, enabled=False):
-                out = StackedLinear.apply(flat, w, b, memory, owner)
+                out = StackedLinear.apply(flat, w, b, memory, owners)
     return call.wrap(out.view(call.num_models, *x.shape[:-1], w.shape[1]))
 
 

@@ -74,7 +74,11 @@ def _fold_first(count: int, rank: int | None) -> Rule:
         if len(tensors) < count and "input" in kwargs:
             kwargs = dict(kwargs)
             tensors.insert(0, kwargs.pop("input"))
-        if len(tensors) < count or not any_batched(call, tensors) or any_batched(call, rest, kwargs):
+        if (
+            len(tensors) < count
+            or not any_batched(call, tensors)
+            or any_batched(call, rest, kwargs)
+        ):
             return NotImplemented
         return fold(call, lambda *t: func(*t, *rest, **kwargs), tensors, rank)
 
@@ -168,7 +172,9 @@ def istft(call: Call, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 def quantile(call: Call, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """`quantile(input, q, dim=None, keepdim=False)` with the same `q` for all models."""
 
-    def unpack(input: Tensor, q: Any, dim: Any = None, keepdim: bool = False, **options: Any) -> Any:
+    def unpack(
+        input: Tensor, q: Any, dim: Any = None, keepdim: bool = False, **options: Any
+    ) -> Any:
         return input, q, dim, keepdim, options
 
     x, q, dim, keepdim, options = unpack(*args, **kwargs)
@@ -264,9 +270,7 @@ def ctc_loss(call: Call, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any
         return NotImplemented
 
     def run(by_sample: Tensor, targets: Tensor, inputs: Tensor, lengths: Tensor) -> Any:
-        losses = func(
-            by_sample.transpose(0, 1), targets, inputs, lengths, blank, 0, zero_infinity
-        )
+        losses = func(by_sample.transpose(0, 1), targets, inputs, lengths, blank, 0, zero_infinity)
         return losses, lengths.to(losses).clamp(min=1)
 
     losses, divisor = fold(call, run, [x.transpose(0, 1), targets, *columns])

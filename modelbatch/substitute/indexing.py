@@ -19,6 +19,7 @@ from .rewrites import rewrite
 def isin(
     elements: Any, test_elements: Any, *, assume_unique: bool = False, invert: bool = False
 ) -> Any:
+    """`torch.isin` by comparing every pair."""
     if not isinstance(elements, Tensor):
         return NotImplemented
     if isinstance(test_elements, Tensor):
@@ -30,11 +31,13 @@ def isin(
 
 @rewrite(torch.take, Tensor.take)
 def take(input: Tensor, index: Tensor) -> Any:
+    """`torch.take` as an index into the flattened tensor."""
     return input.reshape(-1)[index]
 
 
 @rewrite(torch.put, Tensor.put)
 def put(input: Tensor, index: Tensor, source: Tensor, accumulate: bool = False) -> Any:
+    """`torch.put` as an index into the flattened tensor."""
     if input.dtype != source.dtype or index.numel() != source.numel():
         return NotImplemented
     rows = (index.reshape(-1),)
@@ -44,6 +47,7 @@ def put(input: Tensor, index: Tensor, source: Tensor, accumulate: bool = False) 
 
 @rewrite(torch.masked_scatter, Tensor.masked_scatter)
 def masked_scatter(input: Tensor, mask: Tensor, source: Tensor) -> Any:
+    """`torch.masked_scatter`: the k-th true place of the mask takes the k-th source value."""
     if input.dtype != source.dtype or mask.dtype != torch.bool:
         return NotImplemented
     input, mask = torch.broadcast_tensors(input, mask)
@@ -53,6 +57,7 @@ def masked_scatter(input: Tensor, mask: Tensor, source: Tensor) -> Any:
 
 @rewrite(torch.renorm, Tensor.renorm)
 def renorm(input: Tensor, p: float, dim: int, maxnorm: float) -> Any:
+    """`torch.renorm` by the norms it is defined with."""
     others = [d for d in range(input.dim()) if d != dim % input.dim()]
     norm = torch.linalg.vector_norm(input, p, others, keepdim=True)
     return input * torch.where(norm > maxnorm, maxnorm / (norm + 1e-7), torch.ones_like(norm))
@@ -68,6 +73,7 @@ def index_reduce(
     *,
     include_self: bool = True,
 ) -> Any:
+    """`torch.index_reduce` as a scatter of whole slices."""
     shape = [1] * source.dim()
     shape[dim] = -1
     rows = index.view(shape).expand(source.shape)
@@ -76,6 +82,7 @@ def index_reduce(
 
 @rewrite(torch.column_stack)
 def column_stack(tensors: Any) -> Any:
+    """`torch.column_stack` as a concatenation."""
     return torch.cat([t.reshape(-1, 1) if t.dim() < 2 else t for t in tensors], 1)
 
 
@@ -86,6 +93,7 @@ def pad_sequence(
     padding_value: float = 0.0,
     padding_side: str = "right",
 ) -> Any:
+    """`nn.utils.rnn.pad_sequence` of sequences `[T_i, ...]`."""
     if padding_side not in ("left", "right"):
         return NotImplemented
     longest = max(s.shape[0] for s in sequences)
@@ -169,6 +177,7 @@ in_place(Tensor.lerp_)(torch.lerp)
 in_place(Tensor.addcmul_)(torch.addcmul)
 in_place(Tensor.addcdiv_)(torch.addcdiv)
 in_place(Tensor.put_, safe=True)(put)
+in_place(Tensor.scatter_add_, safe=True)(torch.scatter_add)
 in_place(Tensor.masked_scatter_, safe=True)(masked_scatter)
 in_place(Tensor.renorm_)(renorm)
 in_place(Tensor.index_reduce_)(index_reduce)
@@ -176,6 +185,7 @@ in_place(Tensor.index_reduce_)(index_reduce)
 
 @in_place(Tensor.scatter_, safe=True)
 def scatter(input: Tensor, dim: int, index: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """`x.scatter_(dim, index, value or source)`."""
     source = args[0] if args else kwargs.get("value", kwargs.get("src"))
     if source is None or "reduce" in kwargs:
         return NotImplemented

@@ -1,4 +1,4 @@
-"""Normalisation over features, with weights (and statistics) per model, in one model's precision."""
+"""Layer, group and instance normalisation per model, in the precision of one model."""
 
 from typing import Any
 
@@ -150,7 +150,9 @@ def instance_norm(call: Call, func: Any, args: tuple[Any, ...], kwargs: dict[str
         rows = [None if t is None else call.physical(t) for t in (weight, bias, mean, var)]
         w, b = (None if t is None else _by_channel(t, dims) for t in rows[:2])
         if own_stats:
-            spread, centre = torch.var_mean(values, tuple(range(3, dims)), correction=0, keepdim=True)
+            spread, centre = torch.var_mean(
+                values, tuple(range(3, dims)), correction=0, keepdim=True
+            )
             if rows[2] is not None and rows[3] is not None:
                 count = values[0, 0, 0].numel()
                 factor = call.column(momentum, 2, rows[2].dtype)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._C import _nn
 
+from ..attributes import PerModelFloat
 from .folds import any_batched, reduce
 from .losses import cross_entropy as plain_cross_entropy
 from .mode import RULES, Call, enter, handles_per_model_numbers, register
@@ -52,6 +53,7 @@ for _function in (
 
 @rewrite(torch.kl_div)
 def kl_div(input: Tensor, target: Tensor, reduction: int = 1, *, log_target: bool = False) -> Any:
+    """`F.kl_div`, 0 where the target is 0."""
     if log_target:
         return reduce(target.exp() * (target - input), reduction)
     return reduce(torch.xlogy(target, target) - target * input, reduction)
@@ -59,6 +61,7 @@ def kl_div(input: Tensor, target: Tensor, reduction: int = 1, *, log_target: boo
 
 @rewrite(_nn.soft_margin_loss)
 def soft_margin_loss(input: Tensor, target: Tensor, reduction: int = 1) -> Any:
+    """`log(1 + exp(-y x))`."""
     return reduce(torch.log1p(torch.exp(-input * target)), reduction)
 
 
@@ -75,7 +78,7 @@ def margin_ranking_loss(
         return input1, input2, target, margin, reduction
 
     a, b, target, margin, reduction = unpack(*args, **kwargs)
-    if not any_batched(call, a, b, target):
+    if not any_batched(call, a, b, target) and not isinstance(margin, PerModelFloat):
         return NotImplemented
     offset = _number(call, margin, a)
     return reduce((-target * (a - b) + offset).clamp_min(0), reduction)
@@ -101,7 +104,8 @@ def triplet_margin_loss(
         return anchor, positive, negative, margin, p, eps, swap, reduction
 
     anchor, positive, negative, margin, p, eps, swap, reduction = unpack(*args, **kwargs)
-    if not any_batched(call, anchor, positive, negative):
+    numbers = isinstance(margin, PerModelFloat) or isinstance(eps, PerModelFloat)
+    if not any_batched(call, anchor, positive, negative) and not numbers:
         return NotImplemented
     if not anchor.dim() == positive.dim() == negative.dim():
         return NotImplemented
@@ -131,6 +135,7 @@ def multi_margin_loss(
     weight: Tensor | None = None,
     reduction: int = 1,
 ) -> Any:
+    """`F.multi_margin_loss` of `[C]` or `[B, C]`."""
     if p not in (1, 2) or input.dim() not in (1, 2) or target.numel() != input[..., 0].numel():
         return NotImplemented
     target = target.reshape(input.shape[:-1])
@@ -172,9 +177,11 @@ def gaussian_nll_loss(call: Call, func: Any, args: tuple[Any, ...], kwargs: dict
     if var.shape != x.shape:
         if x.shape[:-1] == var.shape:
             var = var.unsqueeze(-1)
-        elif x.dim() != var.dim() or sum(a != b for a, b in zip(x.shape, var.shape)) > 1:
-            return NotImplemented
-        elif any(a != b and b != 1 for a, b in zip(x.shape, var.shape)):
+        elif (
+            x.dim() != var.dim()
+            or sum(a != b for a, b in zip(x.shape, var.shape)) > 1
+            or any(a != b and b != 1 for a, b in zip(x.shape, var.shape))
+        ):
             return NotImplemented
     # the gradient passes the floor as if it were not there
     var = var + (var.clamp_min(eps) - var).detach()
@@ -227,6 +234,7 @@ def pdist(call: Call, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 @rewrite(F.bilinear)
 def bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    """`F.bilinear` with a weight `[O, I, J]`."""
     if input1.shape[:-1] != input2.shape[:-1]:
         return NotImplemented
     out = torch.einsum("...i,oij,...j->...o", input1, weight, input2)
@@ -235,6 +243,7 @@ def bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None
 
 @rewrite(torch._weight_norm)
 def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Any:
+    """`v * g / |v|`, the norm over all axes but `dim`, or all of them for -1."""
     dims = None if dim == -1 else [d for d in range(v.dim()) if d != dim]
     return v * (g / torch.linalg.vector_norm(v, 2, dims, keepdim=dim != -1))
 
@@ -243,6 +252,7 @@ def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Any:
 def normalize(
     input: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: Tensor | None = None
 ) -> Any:
+    """`F.normalize(..., out=...)`; without `out` torch needs no help."""
     if out is None:
         return NotImplemented
     return out.copy_(F.normalize(input, p, dim, eps))
@@ -250,6 +260,7 @@ def normalize(
 
 @rewrite(torch.conv_tbc)
 def conv_tbc(input: Tensor, weight: Tensor, bias: Tensor, pad: int = 0) -> Any:
+    """`torch.conv_tbc` of `[T, B, C]` as an ordinary convolution."""
     out = F.conv1d(input.permute(1, 2, 0), weight.permute(2, 1, 0), bias, padding=pad)
     return out.permute(2, 0, 1)
 
@@ -290,6 +301,7 @@ def gru_cell(
     b_ih: Tensor | None = None,
     b_hh: Tensor | None = None,
 ) -> Any:
+    """A GRU cell; gates in torch's order: reset, update, new."""
     if not _fits(input, hx, w_ih, w_hh):
         return NotImplemented
     reset_x, update_x, new_x = F.linear(input, w_ih, b_ih).chunk(3, -1)
@@ -328,6 +340,7 @@ def lstm_cell(
     b_ih: Tensor | None = None,
     b_hh: Tensor | None = None,
 ) -> Any:
+    """An LSTM cell; gates in torch's order: input, forget, cell, output."""
     h, c = hx
     if not _fits(input, h, w_ih, w_hh) or c.shape[:-1] != h.shape[:-1]:
         return NotImplemented
@@ -335,4 +348,3 @@ def lstm_cell(
     into, forget, cell, out = gates.chunk(4, -1)
     c = torch.sigmoid(forget) * c + torch.sigmoid(into) * torch.tanh(cell)
     return torch.sigmoid(out) * torch.tanh(c), c
-
