@@ -13,9 +13,12 @@ EXAMPLES = ("simple_demo.py", "quick_consistency_test.py")
 
 def run(script: str, *flags: str) -> "subprocess.CompletedProcess[str]":
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    settings = {"PYTHONPATH": path, "NO_COLOR": "1", "PYTHONIOENCODING": "utf-8"}
+    # On a busy machine the threads of such small networks mostly wait for each other.
+    settings["OMP_NUM_THREADS"] = "1"
     return subprocess.run(
         [sys.executable, "-W", "error::UserWarning", str(ROOT / "examples" / script), *flags],
-        env={**os.environ, "PYTHONPATH": path, "NO_COLOR": "1", "PYTHONIOENCODING": "utf-8"},
+        env={**os.environ, **settings},
         capture_output=True,
         encoding="utf-8",
         timeout=300,
