@@ -16,9 +16,8 @@ from typing import Any
 
 import torch
 import torch._C._functorch as functorch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._functorch import vmap as torch_vmap
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_flatten, tree_map
 
 from .attributes import MODULE_INTERNALS
@@ -26,14 +25,13 @@ from .errors import BatchingError, FallbackWarning
 from .explain import Report
 from .fallback import FallbackWatch, cause
 from .pytree import Spec, flatten, unflatten
-from .random import Streams
+from .random import Streams, torch_rng
 from .snapshot import Snapshot
 from .stack import Stack
 from .structure import Slot
-from .substitute.attention import padded_encoder
 from .substitute.autograd_state import no_saved_tensor_hooks, replayed_checkpoints
 from .substitute.mode import Call, NeedsBatchedFactories, Refused
-from .substitute.norm import cumulative_batch_norm
+from .swap import swapped
 
 _models_axis = functools.partial(torch_vmap.vmap_increment_nesting, randomness="different")
 _IN_PLACE = re.compile(
@@ -320,59 +318,10 @@ class Forward:
         module = self.stack.modules[0][index]
         return (module._parameters if slot.is_parameter else module._buffers).get(attribute)
 
-    @contextlib.contextmanager
     def _swapped(
         self, i: int, tensors: Sequence[Tensor], level: int | None
-    ) -> Iterator[list[dict[str, Any]]]:
-        """Put tensors (and per-model numbers) into model i's modules for the time of a call.
-
-        Yields, for each module, its `__dict__` as it stands at the start of the call.
-        """
-        modules = self.stack.modules[i]
-        undo: list[tuple[dict[str, Any], str, Any]] = []
-
-        def put(state: dict[str, Any], key: str, value: Any) -> None:
-            undo.append((state, key, state.get(key, _MISSING)))
-            state[key] = value
-
-        try:
-            for slot, tensor in zip(self.stack.slots, tensors):
-                for index, attribute in slot.places:
-                    module = modules[index]
-                    put(
-                        module._parameters if slot.is_parameter else module._buffers,
-                        attribute,
-                        tensor,
-                    )
-            for module in modules:
-                if isinstance(module, nn.RNNBase):
-                    flat = [getattr(module, n, None) for n in module._flat_weights_names]
-                    put(module.__dict__, "_flat_weights", flat)
-                elif isinstance(module, _BatchNorm) and level is not None:
-                    self._override_batch_norm(module, put)
-                elif level is not None and type(module) is nn.TransformerEncoder:
-                    put(module.__dict__, "forward", functools.partial(padded_encoder, module))
-            if level is not None:
-                for (index, name), number in self.stack.structure.per_model.items():
-                    put(modules[index].__dict__, name, number)
-                for (index, name), (value, has_axis) in self.tensor_attributes.items():
-                    inside = functorch._add_batch_dim(value, 0, level) if has_axis else value
-                    modules[index].__dict__[name] = inside
-            yield [dict(module.__dict__) for module in modules]
-        finally:
-            for state, key, value in reversed(undo):
-                if value is _MISSING:
-                    state.pop(key, None)
-                else:
-                    state[key] = value
-
-    def _override_batch_norm(self, module: _BatchNorm, put: Callable[..., None]) -> None:
-        """A cumulative average divides by a count that differs between models."""
-        index = self.stack.modules[0].index(module)
-        number = self.stack.structure.per_model.get((index, "momentum"))
-        cumulative = module.momentum is None or (number is not None and None in number.values)
-        if cumulative and type(module).forward is _BatchNorm.forward:
-            put(module.__dict__, "forward", functools.partial(cumulative_batch_norm, module))
+    ) -> contextlib.AbstractContextManager[list[dict[str, Any]]]:
+        return swapped(self.stack, i, tensors, level, self.tensor_attributes)
 
     def _collect(
         self,
@@ -506,8 +455,6 @@ class Forward:
     @contextlib.contextmanager
     def _torch_state(self, i: int) -> Iterator[None]:
         if self.streams.kind == "torch":
-            from .random import torch_rng
-
             with torch_rng(self.streams.device), self.streams.as_model(i):
                 yield
         else:
@@ -527,6 +474,7 @@ class Forward:
         self.written[training] = self.written.get(training, set()) | written
         if active is not None and written:
             snapshot.restore_rows(~active)
+
 
 def _stack_rows(rows: list[list[Any]]) -> list[Any]:
     """Stack the flattened outputs of single models."""

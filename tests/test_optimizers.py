@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from bundle_case import assert_relative, state
 from torch import Tensor, nn
 
-from bundle_case import assert_relative, state
 from modelbatch import ModelBatch
 
 RATES = [0.01, 0.003, 0.02]

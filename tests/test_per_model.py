@@ -201,6 +201,33 @@ def test_what_a_forward_writes_reaches_every_model() -> None:
     assert_relative(exported(x), models[1](x), 1e-12)
 
 
+def test_an_attribute_that_is_only_read_stays_each_models_own() -> None:
+    class Remembers(nn.Module):
+        last: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 3)
+            self.last = torch.zeros(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out = self.layer(x) + self.last
+            if self.training:
+                self.last = out.detach().mean(0)
+            return out
+
+    torch.manual_seed(0)
+    models = [Remembers().double() for _ in range(2)]
+    bundle = ModelBatch(copy.deepcopy(models))
+    x = torch.randn(4, 3, dtype=torch.float64)
+    for mode in (True, False, False, True):
+        bundle.train(mode)
+        out = bundle(x)
+        for i, model in enumerate(models):
+            assert_relative(out[i], model.train(mode)(x), 1e-12)
+            assert_relative(bundle[i].last, model.last, 1e-12)
+
+
 def test_frozen_models_keep_written_buffers() -> None:
     bundle = ModelBatch([Counts() for _ in range(3)])
     bundle(torch.randn(2, 3))

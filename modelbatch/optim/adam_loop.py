@@ -79,7 +79,7 @@ class AdamLoop:
             beta1, beta2 = group["betas"]
             update(
                 model.params,
-                [param.grad for param in model.params],
+                [param.grad for param in model.params],  # type: ignore[misc]
                 model.exp_avgs,
                 model.exp_avg_sqs,
                 model.max_exp_avg_sqs,
