@@ -187,6 +187,7 @@ def main() -> int:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         sys.exit(f"--device {arguments.device}: {str(error).splitlines()[0]}")
+    torch.set_num_threads(1)  # more would only wait for each other over such small networks
     chosen = [c for c in CONFIGURATIONS if arguments.config in (None, c.name)]
     results = [
         run(c.override(arguments.models, arguments.epochs), arguments.seed, device) for c in chosen
