@@ -1,8 +1,8 @@
 // modelbatch::convolution and its backward on the CPU: every model's own convolution in one call.
 //
-// The arithmetic is torch's own (oneDNN for float32 and bfloat16). Two ways were measured, in ms for 8
-// models, batch 32, float32, 2 threads, contiguous slices, forward and backward with all gradients,
-// copies into the stacked result included:
+// The arithmetic is torch's own (oneDNN for float32 and bfloat16). Two ways were measured, in ms
+// for 8 models, batch 32, float32, 2 threads, contiguous slices, forward and backward with all
+// gradients, copies into the stacked result included:
 //
 //   layer             models in turn, 2 threads each    one thread per model
 //   6 -> 16, k5, 14^2          - / 2.8                      0.45 / 2.1
@@ -12,10 +12,10 @@
 //   64 -> 64, 8^2            2.9 / 6.4                       2.7 / 5.9
 //   depthwise 32, 16^2       1.0 / 2.1                       0.8 / 1.7
 //
-// One thread per model is never slower, because no model waits at a barrier (on a busy machine a wait
-// takes milliseconds), and its results do not depend on the number of threads. So it is the only way,
-// although fewer models than cores leave cores idle. The layout of the slices stays the caller's:
-// channels_last is up to 1.5 times as fast, but user code that calls view() relies on it.
+// One thread per model is never slower, because no model waits at a barrier (on a busy machine a
+// wait takes milliseconds), and its results do not depend on the number of threads. So it is the
+// only way, although fewer models than cores leave cores idle. The layout of the slices stays the
+// caller's: channels_last is up to 1.5 times as fast, but user code that calls view() relies on it.
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
 
@@ -80,8 +80,8 @@ Ints checked_output_sizes(const Tensor& input, const Tensor& weight, const Optio
   const int64_t weight_in = o.transposed ? weight.size(1) : weight.size(2) * o.groups;
   MB_CHECK(o.groups >= 1 && weight.size(1) % o.groups == 0 && channels == weight_in,
            "modelbatch::convolution: with groups=", o.groups, " and weight ", shape_text(weight),
-           " the input must have ", weight_in, " channels, and groups must divide ",
-           weight.size(1), "; got input ", shape_text(input));
+           " the input must have ", weight_in, " channels, and groups must divide ", weight.size(1),
+           "; got input ", shape_text(input));
   Ints sizes{num_models, input.size(first),
              o.transposed ? weight.size(2) * o.groups : weight.size(1)};
   for (int64_t i = 0; i < spatial_dims; ++i) {

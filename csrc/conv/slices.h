@@ -1,4 +1,5 @@
-// A model's slice of a stacked tensor, and stacked tensors whose slices have a wanted memory layout.
+// A model's slice of a stacked tensor, and stacked tensors whose slices have a wanted memory
+// layout.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -24,8 +25,9 @@ inline Ints shape_of(const Tensor& tensor) {
   return sizes;
 }
 
-// Whether the slices [B, C, *S] of stacked [M, B, C, *S] are channels_last: dense, with the channels
-// innermost. One channel or one position counts as contiguous. `first` is the dimension of B.
+// Whether the slices [B, C, *S] of stacked [M, B, C, *S] are channels_last: dense, with the
+// channels innermost. One channel or one position counts as contiguous. `first` is the dimension of
+// B.
 inline bool has_channels_last_slices(const Tensor& tensor, int64_t first) {
   const int64_t channels = first + 1;
   const int64_t spatial_dims = tensor.dim() - first - 2;
@@ -114,7 +116,8 @@ class Slicer {
   }
 
   Tensor operator[](int64_t model) const {
-    return torch::stable::from_blob(data_ + model * model_stride_, sizes_, strides_, device_, dtype_);
+    return torch::stable::from_blob(data_ + model * model_stride_, sizes_, strides_, device_,
+                                    dtype_);
   }
 
  private:

@@ -12,8 +12,8 @@
 namespace modelbatch {
 namespace {
 
-// The two functions of the OpenMP runtime that torch itself uses. Linking to OpenMP would bring in a
-// second runtime wherever torch ships its own.
+// The two functions of the OpenMP runtime that torch itself uses. Linking to OpenMP would bring in
+// a second runtime wherever torch ships its own.
 struct OpenMp {
   void (*set_num_threads)(int) = nullptr;
   int (*get_max_threads)() = nullptr;
@@ -25,8 +25,7 @@ OpenMp find_openmp() {
   for (const char* name : {"libtorch_cpu.so", "libtorch_cpu.dylib"}) {
     void* library = dlopen(name, RTLD_NOLOAD | RTLD_LAZY);
     if (library == nullptr) continue;
-    openmp.set_num_threads =
-        reinterpret_cast<void (*)(int)>(dlsym(library, "omp_set_num_threads"));
+    openmp.set_num_threads = reinterpret_cast<void (*)(int)>(dlsym(library, "omp_set_num_threads"));
     openmp.get_max_threads = reinterpret_cast<int (*)()>(dlsym(library, "omp_get_max_threads"));
     break;  // The handle stays open: the functions are called until the process ends.
   }
@@ -34,8 +33,8 @@ OpenMp find_openmp() {
   return openmp;
 }
 
-// The setting belongs to the OpenMP task of the current thread; restored, because with one thread that
-// task is the caller's own.
+// The setting belongs to the OpenMP task of the current thread; restored, because with one thread
+// that task is the caller's own.
 class SingleThreaded {
  public:
   explicit SingleThreaded(const OpenMp& openmp)

@@ -5,12 +5,12 @@
 
 namespace modelbatch {
 
-// Calls body(model) for every model, one thread per model; threads take the next model when they are
-// free. Inside, OpenMP's thread count is 1, so that libraries such as oneDNN plan for one thread: a
-// model's result then depends neither on the number of threads nor on the other models.
+// Calls body(model) for every model, one thread per model; threads take the next model when they
+// are free. Inside, OpenMP's thread count is 1, so that libraries such as oneDNN plan for one
+// thread: a model's result then depends neither on the number of threads nor on the other models.
 //
-// Where torch's OpenMP cannot be found, models follow one another on the calling thread and each uses
-// torch's threads.
+// Where torch's OpenMP cannot be found, models follow one another on the calling thread and each
+// uses torch's threads.
 void for_each_model(int64_t num_models, void (*body)(int64_t model, void* context), void* context);
 
 template <class Body>

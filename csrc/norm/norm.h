@@ -9,7 +9,8 @@ enum { MB_NORM_F32 = 0, MB_NORM_F64 = 1, MB_NORM_BF16 = 2, MB_NORM_F16 = 3, MB_N
 /* Channels that the channels-last kernels take at once: ranges begin at multiples of it. */
 #define MB_NORM_CHANNEL_BLOCK 16
 
-/* Element (b, c, s) of a model's slice is at (b C + c) S + s, or, channels last, at (b S + s) C + c. */
+/* Element (b, c, s) of a model's slice is at (b C + c) S + s, or, channels last, at (b S + s) C +
+ * c. */
 typedef struct mb_norm_size {
   int64_t batch;     /* B */
   int64_t channels;  /* C */
@@ -26,8 +27,8 @@ typedef void (*mb_norm_forward_fn)(const void* x, const double* weight, const do
 
 /* For begin <= c < end, with x_hat = (x - mean[c]) / sqrt(var[c] + eps):
  *   grad_bias[c] = sum of grad_y, grad_weight[c] = sum of grad_y x_hat
- *   grad_x = (grad_y - (grad_bias[c] + x_hat grad_weight[c]) / (B S)) weight[c] / sqrt(var[c] + eps)
- * grad_x may be NULL. */
+ *   grad_x = (grad_y - (grad_bias[c] + x_hat grad_weight[c]) / (B S)) weight[c] / sqrt(var[c] +
+ * eps) grad_x may be NULL. */
 typedef void (*mb_norm_backward_fn)(const void* grad_y, const void* x, const double* weight,
                                     const double* mean, const double* var, double eps,
                                     mb_norm_size size, int64_t begin, int64_t end,

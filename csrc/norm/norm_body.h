@@ -32,8 +32,8 @@ typedef struct NAME(affine) {
   REAL center, scale, offset;
 } NAME(affine);
 
-static inline NAME(affine) NAME(make_affine)(double mean, double var, double eps, double weight,
-                                            double bias) {
+static inline NAME(affine)
+    NAME(make_affine)(double mean, double var, double eps, double weight, double bias) {
   const double scale = weight / sqrt(var + eps);
   const REAL center = (REAL)mean;
   /* An infinite mean has no remainder; the result is NaN without it already. */
@@ -48,7 +48,7 @@ typedef struct NAME(slope) {
 } NAME(slope);
 
 static inline NAME(slope) NAME(make_slope)(double mean, double var, double eps, double weight,
-                                          double grad_weight, double grad_bias, double count) {
+                                           double grad_weight, double grad_bias, double count) {
   const double inverse = 1.0 / sqrt(var + eps);
   const NAME(slope) result = {(REAL)mean, (REAL)(grad_bias / count),
                               (REAL)(grad_weight * inverse / count), (REAL)(weight * inverse)};
@@ -166,7 +166,8 @@ static void NAME(backward_planar)(const void* grad_y_, const void* x_, const dou
 
 /* ---- channels last: [B S, C] ----------------------------------------------------------------- */
 
-/* sum[c] += sum over the rows of (x - center[c])^power, power 1 (center NULL) or 2; width channels. */
+/* sum[c] += sum over the rows of (x - center[c])^power, power 1 (center NULL) or 2; width channels.
+ */
 static inline void NAME(add_rows)(const STORAGE* x, int64_t rows, int64_t step, int64_t width,
                                   const double* center, double* sum) {
   if (width == BLOCK) {
@@ -227,9 +228,9 @@ static void NAME(forward_channels_last)(const void* x_, const double* weight, co
     const int64_t width = end - c < BLOCK ? end - c : BLOCK;
     REAL center[BLOCK] = {0}, scale[BLOCK] = {0}, offset[BLOCK] = {0};
     for (int64_t i = 0; i < width; ++i) {
-      const NAME(affine) a = NAME(make_affine)(mean[c + i], var[c + i], eps,
-                                               weight == NULL ? 1.0 : weight[c + i],
-                                               bias == NULL ? 0.0 : bias[c + i]);
+      const NAME(affine) a =
+          NAME(make_affine)(mean[c + i], var[c + i], eps, weight == NULL ? 1.0 : weight[c + i],
+                            bias == NULL ? 0.0 : bias[c + i]);
       center[i] = a.center;
       scale[i] = a.scale;
       offset[i] = a.offset;

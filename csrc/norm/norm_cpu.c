@@ -3,14 +3,13 @@
  *
  * norm_body.h is the code of one dtype; it is included once for each.
  */
-#include "norm/norm.h"
-
 #include <math.h>
 #include <stddef.h>
 #include <string.h>
 
 #include "common/half.h"
 #include "common/isa.h"
+#include "norm/norm.h"
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wpsabi" /* Vectors are passed between inlined functions only. */
@@ -18,7 +17,8 @@
 
 #define LANES 8
 #define BLOCK MB_NORM_CHANNEL_BLOCK
-#define ROWS 64 /* rows of a channels-last slice that stay in L1 while all their channels are read */
+#define ROWS \
+  64 /* rows of a channels-last slice that stay in L1 while all their channels are read */
 
 typedef float f32x8 __attribute__((vector_size(32)));
 typedef double f64x8 __attribute__((vector_size(64)));
@@ -60,8 +60,7 @@ static inline double sum_lanes(const f64x8* sum0, const f64x8* sum1) {
 #define NARROW(value) mb_f32_to_f16(value)
 #include "norm/norm_body.h"
 
-#define TABLE(stem) \
-  { stem##_f32, stem##_f64, stem##_bf16, stem##_f16 }
+#define TABLE(stem) {stem##_f32, stem##_f64, stem##_bf16, stem##_f16}
 
 const mb_norm_kernels MB_NAME(mb_norm_kernels) = {
     .forward = {TABLE(forward_planar), TABLE(forward_channels_last)},
