@@ -71,7 +71,11 @@ static void NAME(forward_planar)(const void* x_, const double* weight, const dou
     double tail = 0.0;
     for (int64_t b = 0; b < B; ++b) {
       const STORAGE* row = x + b * step;
+      const int64_t ahead = b + 1 < B ? step : 0;
       for (int64_t s = 0; s < whole; s += 2 * LANES) {
+        /* the next image's plane of this channel is a page or more away: no hardware prefetcher
+         * follows */
+        __builtin_prefetch(row + ahead + s);
         sum0 += NAME(load_wide)(row + s);
         sum1 += NAME(load_wide)(row + s + LANES);
       }
@@ -101,7 +105,9 @@ static void NAME(forward_planar)(const void* x_, const double* weight, const dou
     for (int64_t b = 0; b < B; ++b) {
       const STORAGE* in = x + b * step;
       STORAGE* out = y + b * step;
+      const int64_t ahead = b + 1 < B ? step : 0;
       for (int64_t s = 0; s < whole; s += LANES) {
+        __builtin_prefetch(out + ahead + s, 1);
         const VECTOR v = (NAME(load)(in + s) - a.center) * a.scale + a.offset;
         NAME(store)(out + s, &v);
       }
@@ -128,7 +134,10 @@ static void NAME(backward_planar)(const void* grad_y_, const void* x_, const dou
     double tail_sum = 0.0, tail_dot = 0.0;
     for (int64_t b = 0; b < B; ++b) {
       const STORAGE *gs = grad_y + b * step, *xs = x + b * step;
+      const int64_t ahead = b + 1 < B ? step : 0;
       for (int64_t s = 0; s < whole; s += 2 * LANES) {
+        __builtin_prefetch(gs + ahead + s);
+        __builtin_prefetch(xs + ahead + s);
         const f64x8 g0 = NAME(load_wide)(gs + s), g1 = NAME(load_wide)(gs + s + LANES);
         sum0 += g0;
         sum1 += g1;
@@ -151,7 +160,9 @@ static void NAME(backward_planar)(const void* grad_y_, const void* x_, const dou
     for (int64_t b = 0; b < B; ++b) {
       const STORAGE *gs = grad_y + b * step, *xs = x + b * step;
       STORAGE* out = grad_x + b * step;
+      const int64_t ahead = b + 1 < B ? step : 0;
       for (int64_t s = 0; s < whole; s += LANES) {
+        __builtin_prefetch(out + ahead + s, 1);
         const VECTOR d = NAME(load)(xs + s) - k.center;
         const VECTOR v = ((NAME(load)(gs + s) - k.average) - d * k.slope) * k.scale;
         NAME(store)(out + s, &v);
