@@ -175,9 +175,9 @@ class Bundle(nn.Module):
             )
         super().__setattr__(name, value)
 
-    def extra_repr(self) -> str:
-        """The number of models, for `repr`."""
-        return f"num_models={self.num_models}, model={type(self._stack.models[0]).__name__}"
+    def __repr__(self) -> str:
+        model = repr(self._stack.models[0]).replace("\n", "\n  ")
+        return f"{type(self).__name__}(\n  num_models={self.num_models}\n  model={model}\n)"
 
     # ---- the optimizer
 

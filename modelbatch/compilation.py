@@ -15,6 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from . import loss
 from .errors import BatchingError, FallbackWarning, ModelBatchError
+from .fallback import users_stacklevel
 from .forward import Forward
 from .pytree import Spec
 from .random import Streams
@@ -173,7 +174,7 @@ class Compiled:
                 warnings.warn(
                     f"this bundle cannot be compiled, it runs without torch.compile: {first}",
                     FallbackWarning,
-                    stacklevel=5,
+                    stacklevel=users_stacklevel(),
                 )
             return None
 

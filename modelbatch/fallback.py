@@ -1,15 +1,29 @@
 """Finding out what torch's vmap could not batch."""
 
 import re
+import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
+import torch
 import torch._C._functorch as _functorch
 
 # not in torch's stubs
 functorch: Any = _functorch
 
 _SLOW_RULE = re.compile(r"batching rule for (\S+?)\.? ?\.|batching rule for (\S+)")
+
+
+_LIBRARIES = (str(Path(__file__).parent), str(Path(torch.__file__).parent))
+
+
+def users_stacklevel() -> int:
+    """The `stacklevel` with which a warning given by the caller points at the user's own line."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_LIBRARIES):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 class FallbackWatch:

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from .attributes import MODULE_INTERNALS
 from .errors import BatchingError, FallbackWarning
 from .explain import Report
-from .fallback import FallbackWatch, cause
+from .fallback import FallbackWatch, cause, users_stacklevel
 from .pytree import Spec, flatten, unflatten
 from .random import Streams, torch_rng
 from .snapshot import Snapshot
@@ -244,7 +244,7 @@ class Forward:
             return
         self.warned.add(name)
         if self.fallback == "warn":
-            warnings.warn(text, FallbackWarning, stacklevel=6)
+            warnings.warn(text, FallbackWarning, stacklevel=users_stacklevel())
 
     # ---- all models at once
 

@@ -435,3 +435,15 @@ def test_a_copied_bundle_trains_on_its_own() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, bits(bundle)))
     bundle.train_step(x, y)
     assert all(torch.equal(a, b) for a, b in zip(bits(other), bits(bundle)))
+
+
+def test_a_bundle_shows_its_model_and_explain_its_operations() -> None:
+    bundle = ModelBatch([mlp() for _ in range(2)])
+    assert "num_models=2" in repr(bundle)
+    assert "Linear(in_features=4, out_features=5" in repr(bundle)
+    report = bundle.explain(torch.randn(2, 4))
+    assert [(op.name, op.path, op.count) for op in report.operations] == [
+        ("linear", "modelbatch rule", 2),
+        ("relu", "torch rule", 1),
+    ]
+    assert not report.fallbacks

@@ -264,6 +264,7 @@ def test_a_branch_on_data_falls_back_to_the_loop_with_one_warning() -> None:
     with pytest.warns(FallbackWarning, match="data-dependent control flow") as caught:
         first = bundle(x)
     assert len(caught) == 1
+    assert caught[0].filename == __file__  # it points at the user's line
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         second = bundle(x)

@@ -154,7 +154,7 @@ class Call(TorchFunctionMode):
         if made and not self.is_batched(result):
             expanded = result.expand(self.num_models, *result.shape)
             return self.wrap(expanded.clone(memory_format=torch.contiguous_format))
-        if self.record is not None and not name_of(func).startswith("__"):
+        if self.record is not None and _computes(func):
             self.record(name_of(func), "torch rule")
         return result
 
@@ -352,6 +352,17 @@ def handles_per_model_numbers(rule: Rule) -> Rule:
     """Say that a rule reads `PerModelFloat` arguments by itself."""
     _KNOW_PER_MODEL_NUMBERS.add(rule)
     return rule
+
+
+_QUERIES = frozenset(
+    ["size", "dim", "numel", "stride", "is_floating_point", "is_complex", "is_contiguous"]
+)
+
+
+def _computes(func: Any) -> bool:
+    """Whether a call is an operation rather than a look at a tensor's shape or properties."""
+    name = getattr(func, "__name__", "")
+    return name not in _QUERIES and not name.startswith("__")
 
 
 def name_of(func: Any) -> str:
