@@ -8,7 +8,6 @@ all alike.
 """
 
 import argparse
-import ctypes
 import datetime
 import json
 import platform
@@ -21,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from modelbatch.memory import keep_freed_memory
 from modelbatch.ops.conv import convolution
 from modelbatch.ops.norm import batch_norm_train
 
@@ -161,13 +161,6 @@ def stacked_step(forward, nets, x, target, relu):
         loss.sum().backward()
         losses.append(loss.detach())
     return torch.cat(losses)
-
-
-def keep_freed_memory():
-    """Lets malloc keep what is freed instead of giving it back page by page (glibc only)."""
-    libc = ctypes.CDLL(None)
-    libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap too.
-    libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def make_variants(network, num_models, batch, chunks):

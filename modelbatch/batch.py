@@ -21,7 +21,7 @@ from .optim import LockstepLBFGS, PerModelOptimizer, merge_configs
 from .pytree import flatten
 from .random import Streams, check_seeds, derive_seeds, torch_rng
 from .stack import Stack, stack_from_factory
-from .structure import analyse
+from .structure import analyse, tensor_at, walk
 from .substitute import Call, GradMemory
 
 _LATER = {
@@ -101,8 +101,6 @@ class ModelBatch(Bundle):
         slots = structure.slots
         device = torch.device("cpu")
         if slots:
-            from .structure import tensor_at, walk
-
             device = tensor_at(walk(models[0])[1], slots[0]).device
         streams = Streams(rng, checked_seeds, device)
         # from here on nothing fails: the models become views
@@ -196,11 +194,8 @@ class ModelBatch(Bundle):
         return self._forward.run(values, batched, spec, self._active_tensor)
 
     def _forward_of(self, x: Any) -> Any:
-        if isinstance(x, tuple):
-            return self(*x)
-        if isinstance(x, Mapping):
-            return self(**x)
-        return self(x)
+        args, kwargs = _as_call(x)
+        return self(*args, **kwargs)
 
     # ---- loss
 
@@ -221,7 +216,8 @@ class ModelBatch(Bundle):
                 wrapped in `modelbatch.per_model`.
             loss_fn: called for one model's (outputs, targets); returns one number.
             sample_weight: `[B]` for all models or `[M, B]`; the loss of a model is then the mean
-                over its samples by weight. A sample of weight 0 takes no part, whatever it holds.
+                over its samples by weight. A sample of weight 0 takes no part; its input must
+                still be finite, because the backward multiplies it by a gradient of zero.
             reduction: `"mean"`, `"sum"` (over active models) or `"none"`.
 
         Returns:
@@ -421,13 +417,7 @@ class ModelBatch(Bundle):
 
     def _try(self, base_batch: Any) -> None:
         report = Report(self.num_models, "")
-        if isinstance(base_batch, tuple):
-            args, kwargs = base_batch, {}
-        elif isinstance(base_batch, Mapping):
-            args, kwargs = (), dict(base_batch)
-        else:
-            args, kwargs = (base_batch,), {}
-        leaves, spec = flatten((args, kwargs))
+        leaves, spec = flatten(_as_call(base_batch))
         values, batched = resolve(leaves, not self.shared_input, self.num_models, "base_batch")
         self._forward.explain(report, values, batched, spec)
 
@@ -457,6 +447,15 @@ class ModelBatch(Bundle):
                 raise ModelBatchError("lr_list and optimizer_kwargs need optimizer_cls")
             return None
         return merge_configs(optimizer_cls, num_models, lr_list, optimizer_kwargs)
+
+
+def _as_call(x: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments that an input stands for: a tuple is positional, a mapping keywords."""
+    if isinstance(x, tuple):
+        return x, {}
+    if isinstance(x, Mapping):
+        return (), dict(x)
+    return (x,), {}
 
 
 def _takes_a_number(build: Callable[..., nn.Module]) -> bool:

@@ -17,7 +17,7 @@ from . import loss
 from .errors import BatchingError, FallbackWarning, ModelBatchError
 from .fallback import users_stacklevel
 from .forward import Forward
-from .pytree import Spec
+from .pytree import Spec, unflatten
 from .random import Streams
 from .stack import Stack
 from .structure import Slot
@@ -129,7 +129,7 @@ class Compiled:
         inputs = [value for value in values if isinstance(value, Tensor)]
         results = graph(tensors, inputs, streams.seed, streams.step)
         streams.op_index = graph.draws
-        return self._unflatten(results, graph.out_spec)
+        return unflatten(results, graph.out_spec)
 
     def losses(
         self,
@@ -243,9 +243,3 @@ class Compiled:
         ]
         graph = _trace(core)(tensors)
         return _Graph(torch.compile(graph, **self.options), None, [_TENSOR], 0)
-
-    @staticmethod
-    def _unflatten(results: list[Any], spec: Spec) -> Any:
-        from .pytree import unflatten
-
-        return unflatten(results, spec)

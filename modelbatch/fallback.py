@@ -35,7 +35,6 @@ class FallbackWatch:
 
     def __enter__(self) -> "FallbackWatch":
         if self.enabled:
-            self.before = functorch._is_vmap_fallback_enabled()
             functorch._set_vmap_fallback_warning_enabled(True)
             self.catcher = warnings.catch_warnings(record=True)
             self.caught = self.catcher.__enter__()

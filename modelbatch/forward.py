@@ -111,8 +111,7 @@ class Forward:
             else:
                 out = self._loop(leaves, batched, spec)
         except BaseException:
-            self._restore(snapshot)
-            self.streams.restore(streams)
+            self._undo(snapshot, streams)
             raise
         self._finish(snapshot, active, training)
         self.streams.finish_call(streams, active)
@@ -207,7 +206,7 @@ class Forward:
             return self._loop_after(error, leaves, batched, spec, training)
 
     def _undo(self, snapshot: "Snapshot", streams: Any) -> None:
-        self._restore(snapshot)
+        snapshot.restore_all()
         self.streams.restore(streams)
 
     def _loop_after(
@@ -465,9 +464,6 @@ class Forward:
     def _snapshot(self, training: bool, everything: bool) -> "Snapshot":
         names = None if everything else self.written.get(training, set())
         return Snapshot(self.stack, names)
-
-    def _restore(self, snapshot: "Snapshot") -> None:
-        snapshot.restore_all()
 
     def _finish(self, snapshot: "Snapshot", active: Tensor | None, training: bool) -> None:
         written = snapshot.written()

@@ -194,9 +194,6 @@ class Stack:
             old.data.copy_(tensor)
             return
         self.register(slot, tensor.detach().clone(memory_format=torch.contiguous_format))
-        for modules in self.modules:
-            for index, attribute in slot.places:
-                modules[index]._buffers[attribute] = torch.empty(0)
         self.repoint_buffer_objects(slot)
 
     def repoint_buffer_objects(self, slot: Slot) -> None:

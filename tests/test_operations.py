@@ -357,6 +357,13 @@ def test_transformer_with_padding(training: bool, grad: bool, nested: bool) -> N
                     assert_close(got, parameter.grad, f"gradient of {name}, model {i}")
 
 
+def own_padding() -> Tensor:
+    """Two models' padding is at the end, as nested tensors need it; the third model's is not."""
+    padding = torch.zeros(MODELS, 2, 5, dtype=torch.bool)
+    padding[0, 0, 4], padding[1, 1, 2:], padding[2, 0, 0] = True, True, True
+    return padding
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("weights", [True, False])
@@ -369,8 +376,7 @@ def test_attention_module_with_own_padding(training: bool, grad: bool, weights: 
     alone = copy.deepcopy(models)
     bundle = ModelBatch(models, shared_input=False, fallback="error")
     x = torch.randn(MODELS, 2, 5, 8, dtype=torch.float64)
-    padding = torch.zeros(MODELS, 2, 5, dtype=torch.bool)
-    padding[0, 0, 4], padding[1, 1, 2:], padding[2, 0, 0] = True, True, True
+    padding = own_padding()
     with torch.set_grad_enabled(grad):
         out, shares = bundle(x, x, x, key_padding_mask=padding, need_weights=weights)
         for i, model in enumerate(alone):
@@ -383,7 +389,6 @@ def test_attention_module_with_own_padding(training: bool, grad: bool, weights: 
 
 
 def test_encoder_with_padding_of_each_model_its_own() -> None:
-    """Two models' padding is at the end, as nested tensors need it; the third model's is not."""
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dtype=torch.float64)
     models = [
@@ -393,8 +398,7 @@ def test_encoder_with_padding_of_each_model_its_own() -> None:
     alone = copy.deepcopy(models)
     bundle = ModelBatch(models, shared_input=False, fallback="error")
     x = torch.randn(MODELS, 2, 5, 8, dtype=torch.float64)
-    padding = torch.zeros(MODELS, 2, 5, dtype=torch.bool)
-    padding[0, 0, 4], padding[1, 1, 2:], padding[2, 0, 0] = True, True, True
+    padding = own_padding()
     with torch.no_grad():
         out = bundle(x, src_key_padding_mask=padding)
         for i, model in enumerate(alone):

@@ -5,8 +5,7 @@ from typing import Any
 
 import torch
 from bundle_case import assert_relative, gradients
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from torch import Tensor, nn
 
 import modelbatch

@@ -4,8 +4,6 @@ Importing a family's module registers its fake, autograd and vmap rules. Every o
 stacked tensors with the model axis as dim 0.
 """
 
-from modelbatch.ops import conv as conv
-from modelbatch.ops import norm as norm
-from modelbatch.ops import random as random
+from modelbatch.ops import conv as conv, norm as norm, random as random
 
 __all__ = ["conv", "norm", "random"]

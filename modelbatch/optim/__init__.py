@@ -3,5 +3,4 @@
 from .base import PerModelOptimizer as PerModelOptimizer
 from .configs import merge_configs as merge_configs
 from .lockstep import LockstepLBFGS as LockstepLBFGS
-from .views import ViewOptimizer as ViewOptimizer
-from .views import build_view_optimizer as build_view_optimizer
+from .views import ViewOptimizer as ViewOptimizer, build_view_optimizer as build_view_optimizer

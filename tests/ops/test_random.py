@@ -8,8 +8,7 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from modelbatch._extension import built_isas, isa
 from modelbatch.ops import random, reference
