@@ -7,6 +7,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 PROGRAMS = (
     ["bundle.py"],
+    ["bench_optim.py"],
     ["conv.py", "--output", str(HERE / "results" / "conv.json")],
     ["conv.py", "--keep-memory", "--output", str(HERE / "results" / "conv_keep_memory.json")],
 )

@@ -29,6 +29,12 @@ STABLE_TORCH_LIBRARY(modelbatch, m) {
       "int[] padding, int[] dilation, bool transposed, int[] output_padding, int groups, "
       "bool need_input, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)");
 
+  // loss: logits [M, B, C], target [B] or [M, B]; the losses [M] and, if wanted, their derivative
+  // with respect to the logits.
+  m.def(
+      "cross_entropy(Tensor logits, Tensor target, int ignore_index, bool need_slope) "
+      "-> (Tensor, Tensor)");
+
   // norm: batch normalisation with every model's own batch statistics. input [M, B, C, *S], weight
   // and bias [M, C], eps float64 [M]; mean and (biased) var are [M, C] in the accumulation dtype.
   m.def(
@@ -38,6 +44,32 @@ STABLE_TORCH_LIBRARY(modelbatch, m) {
       "batch_norm_train_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor mean, "
       "Tensor var, Tensor eps, bool need_input, bool need_weight, bool need_bias) "
       "-> (Tensor, Tensor, Tensor)");
+
+  // optim: one step of every model's own optimizer, in place. Parameters, gradients and states are
+  // lists of [M, ...]; a list of states that no model needs is empty. step is float32 [M]; hyper
+  // float64 [K, M], its rows as in csrc/optim/optim.h. Models that are not active or nonfinite
+  // (bool [M]) are left alone. The gradient is used times inv_scale times clip_factor (float32
+  // [M]), then clamped to +-clip_value (float64 [M]).
+#define MB_OPTIM_COMMON                                                                      \
+  "Tensor hyper, Tensor? active=None, Tensor? nonfinite=None, Tensor? inv_scale=None, " \
+  "Tensor? clip_factor=None, Tensor? clip_value=None) -> ()"
+  m.def(
+      "sgd_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, "
+      "Tensor(c!) step, " MB_OPTIM_COMMON);
+  m.def(
+      "adam_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, "
+      "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] max_exp_avg_sqs, Tensor(e!) step, " MB_OPTIM_COMMON);
+  m.def(
+      "adamw_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, "
+      "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] max_exp_avg_sqs, Tensor(e!) step, " MB_OPTIM_COMMON);
+  m.def(
+      "rmsprop_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] square_avgs, "
+      "Tensor(c!)[] grad_avgs, Tensor(d!)[] momentum_buffers, Tensor(e!) step, " MB_OPTIM_COMMON);
+  m.def(
+      "adagrad_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] sums, "
+      "Tensor(c!) step, " MB_OPTIM_COMMON);
+#undef MB_OPTIM_COMMON
+  m.def("grad_stats(Tensor[] grads) -> (Tensor sq_norm, Tensor nonfinite)");
 }
 
 namespace {

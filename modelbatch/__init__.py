@@ -11,3 +11,10 @@ from .errors import (
     StructureMismatchError as StructureMismatchError,
 )
 from .inputs import per_model as per_model, shared as shared
+from .optim import (
+    BundleGradScaler as BundleGradScaler,
+    OptimizerFactory as OptimizerFactory,
+    create_adam_configs as create_adam_configs,
+    create_lr_sweep_configs as create_lr_sweep_configs,
+    create_sgd_configs as create_sgd_configs,
+)

@@ -10,17 +10,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import evaluation, loss
-from .bundle import Bundle
+from .class_loss import cross_entropy, ignore_index_of
 from .compilation import Compiled
 from .errors import ModelBatchError
 from .explain import Report
 from .forward import Forward
 from .inputs import resolve
 from .memory import keep_freed_memory
-from .optim import LockstepLBFGS, PerModelOptimizer, merge_configs
-from .pytree import flatten
+from .optim import merge_configs
+from .pytree import flatten, flatten_call
 from .random import Streams, check_seeds, derive_seeds, torch_rng
 from .stack import Stack, stack_from_factory
+from .steps import Steps
 from .structure import analyse, tensor_at, walk
 from .substitute import Call, GradMemory
 
@@ -31,7 +32,7 @@ _LATER = {
 }
 
 
-class ModelBatch(Bundle):
+class ModelBatch(Steps):
     """M independent models of one structure, trained together, each as if it were alone.
 
     The parameters exist once, stacked along dim 0 under the user's own names; `mb.models[i]` is the
@@ -117,13 +118,14 @@ class ModelBatch(Bundle):
         self._looped_losses: set[Any] = set()
         self._compiled: Compiled | None = None
         self._optimizer: Optimizer | None = None
-        self._recipe: tuple[type[Optimizer], Sequence[dict[str, Any]]] | None = None
+        self._recipe = None
+        self._grad_scaler: torch.amp.GradScaler | None = None
         self.training = models[0].training
         for node, module in zip(self._stack.nodes, self._stack.modules[0]):
             node.training = module.training
         if configs is not None:
             assert optimizer_cls is not None
-            self._build_optimizer(optimizer_cls, configs)
+            self._build_optimizer(optimizer_cls, configs, {})
         if base_batch is not None:
             self._try(base_batch)
 
@@ -187,7 +189,7 @@ class ModelBatch(Bundle):
         Returns:
             The model's own output structure, each tensor with a leading model axis.
         """
-        leaves, spec = flatten((args, kwargs))
+        leaves, spec = flatten_call(args, kwargs)
         values, batched = resolve(leaves, not self.shared_input, self.num_models, "input")
         if self._compiled is not None:
             return self._compiled.forward(values, batched, spec, self._active_tensor)
@@ -241,6 +243,10 @@ class ModelBatch(Bundle):
     def _losses(
         self, outputs: Any, targets: Any, loss_fn: Callable[..., Tensor], sample_weight: Any
     ) -> Tensor:
+        if sample_weight is None and self._compiled is None:
+            losses = self._class_losses(outputs, targets, loss_fn)
+            if losses is not None:
+                return losses
         out_leaves, _ = flatten(outputs)
         out_values, out_batched = resolve(out_leaves, True, self.num_models, "output")
         target_leaves, _ = flatten(targets)
@@ -262,6 +268,16 @@ class ModelBatch(Bundle):
         if self._compiled is not None:
             return self._compiled.losses(run, loss_fn, values, batched, spec)
         return self._batched_losses(run, loss_fn, values, batched, spec)
+
+    def _class_losses(
+        self, outputs: Any, targets: Any, loss_fn: Callable[..., Tensor]
+    ) -> Tensor | None:
+        """Cross entropy of plain logits, where no structure has to be taken apart."""
+        if not isinstance(outputs, Tensor) or ignore_index_of(loss_fn) is None:
+            return None
+        resolve([outputs], True, self.num_models, "output")
+        (target,), (own,) = resolve([targets], not self.shared_input, self.num_models, "target")
+        return cross_entropy(loss_fn, outputs, target, own)
 
     def _batched_losses(
         self,
@@ -287,97 +303,7 @@ class ModelBatch(Bundle):
     def _loss_call(self, num_models: int, level: int | None) -> Call:
         return Call(num_models, level, self._streams, device=self._streams.device)
 
-    # ---- training
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear all gradients; their memory is kept for the next backward."""
-        parameters = self._stack.parameters()
-        held = [(p, p.grad) for p in parameters if p.grad is not None]
-        if self._optimizer is not None:
-            self._optimizer.zero_grad(set_to_none)
-        for parameter, grad in held:
-            if not set_to_none:
-                grad.detach_().zero_()
-                continue
-            parameter.grad = None
-            own = 0
-            if isinstance(self._optimizer, PerModelOptimizer):
-                own = self._optimizer.kept_slices(parameter, grad)
-            self._grad_memory.keep(parameter, grad, own)
-
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of `mb.optimizer`.
-
-        Args:
-            closure: clears gradients, runs forward and backward for all models and returns their
-                losses `[M]` (LBFGS needs it).
-
-        Raises:
-            ModelBatchError: if the bundle has no optimizer.
-        """
-        if self._optimizer is None:
-            raise ModelBatchError(
-                "this bundle has no optimizer; give ModelBatch lr_list= and optimizer_cls="
-            )
-        if closure is None:
-            return self._optimizer.step()
-        return self._optimizer.step(self._closure_of_the_searching(closure))
-
-    def _closure_of_the_searching(self, closure: Callable[[], Any]) -> Callable[[], Any]:
-        """During a line search, models that have finished theirs are as good as frozen."""
-        optimizer = self._optimizer
-        if not isinstance(optimizer, LockstepLBFGS):
-            return closure
-
-        def evaluate() -> Any:
-            active, tensor = self._active, self._active_tensor
-            searching = list(optimizer.evaluating)
-            if not all(searching):
-                self._active = [a and b for a, b in zip(active, searching)]
-                self._active_tensor = self.active
-            try:
-                return closure()
-            finally:
-                self._active, self._active_tensor = active, tensor
-
-        return evaluate
-
-    def train_step(
-        self,
-        x: Any,
-        y: Any,
-        *,
-        loss_fn: Callable[..., Tensor] = F.cross_entropy,
-        sample_weight: Any = None,
-    ) -> Tensor:
-        """Clear gradients, forward, loss, backward and optimizer step for all models.
-
-        Args:
-            x: a tensor, a tuple of positional or a dict of keyword arguments.
-            y: targets, see `compute_loss`.
-            loss_fn: see `compute_loss`.
-            sample_weight: see `compute_loss`.
-
-        Returns:
-            The losses `[M]`, detached.
-
-        Raises:
-            ModelBatchError: if the bundle has no optimizer, or see `compute_loss`; parameters,
-                buffers, gradients and random streams are then as before.
-        """
-        if self._optimizer is None:
-            self.step()
-        outputs = self._forward_of(x)
-        try:
-            total = self.compute_loss(outputs, y, loss_fn, sample_weight=sample_weight)
-        except BaseException:
-            self._forward.undo_last()
-            raise
-        self.zero_grad()
-        total.backward()
-        self.step()
-        assert self._latest_losses is not None
-        return self._latest_losses
+    # ---- evaluation
 
     def evaluate(
         self,
@@ -408,7 +334,7 @@ class ModelBatch(Bundle):
 
     def explain(self, *args: Any, **kwargs: Any) -> Report:
         """How each operation of the forward is computed for these arguments; changes nothing."""
-        leaves, spec = flatten((args, kwargs))
+        leaves, spec = flatten_call(args, kwargs)
         values, batched = resolve(leaves, not self.shared_input, self.num_models, "input")
         path = "vmap with the operators of modelbatch"
         report = Report(self.num_models, "compiled" if self._compiled else path)

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from .errors import ModelBatchError
 from .forward import Forward
-from .optim import build_view_optimizer
+from .optim import FusedOptimizer, build_optimizer
 from .random import Streams
 from .stack import Stack
 from .substitute import GradMemory
@@ -27,7 +27,8 @@ class Bundle(nn.Module):
     _active: list[bool]
     _active_tensor: Tensor | None
     _optimizer: Optimizer | None
-    _recipe: tuple[type[Optimizer], Sequence[dict[str, Any]]] | None
+    _recipe: tuple[type[Optimizer], Sequence[dict[str, Any]], Mapping[str, list[float]]] | None
+    _grad_scaler: torch.amp.GradScaler | None
 
     @property
     def models(self) -> list[nn.Module]:
@@ -53,6 +54,15 @@ class Bundle(nn.Module):
     @optimizer.setter
     def optimizer(self, optimizer: Optimizer | None) -> None:
         self._optimizer = optimizer
+
+    @property
+    def grad_scaler(self) -> torch.amp.GradScaler | None:
+        """The gradient scaler that `train_step` uses, None if there is none."""
+        return self._grad_scaler
+
+    @grad_scaler.setter
+    def grad_scaler(self, grad_scaler: torch.amp.GradScaler | None) -> None:
+        self._grad_scaler = grad_scaler
 
     @property
     def seeds(self) -> list[int]:
@@ -140,6 +150,8 @@ class Bundle(nn.Module):
             self._streams.to(self._stack.tensor(self._stack.slots[0]).device)
         if self._active_tensor is not None:
             self._active_tensor = self.active
+        if isinstance(self._optimizer, FusedOptimizer):
+            self._optimizer.tensors_moved()
         return self
 
     def load_state_dict(
@@ -163,7 +175,7 @@ class Bundle(nn.Module):
         new._stack.repoint_all()
         new._stack.watch_hooks()
         if optimizer is not None and recipe is not None:
-            new._build_optimizer(*recipe)
+            new._build_optimizer(*recipe, new._grad_scaler)
             assert new._optimizer is not None
             new._optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
         return new
@@ -182,16 +194,25 @@ class Bundle(nn.Module):
     # ---- the optimizer
 
     def _build_optimizer(
-        self, optimizer_cls: type[Optimizer], configs: Sequence[dict[str, Any]]
-    ) -> None:
-        self._recipe = (optimizer_cls, configs)
-        self._optimizer = build_view_optimizer(
+        self,
+        optimizer_cls: type[Optimizer],
+        configs: Sequence[dict[str, Any]],
+        clips: Mapping[str, list[float]],
+        grad_scaler: torch.amp.GradScaler | None = None,
+    ) -> Optimizer:
+        optimizer = build_optimizer(
             dict(self.named_parameters()),
             self._stack.models,
             optimizer_cls,
             configs,
             active=self._is_active,
+            fallback=self._forward.fallback,
         )
+        for name, limits in clips.items():
+            setattr(optimizer, name, limits)
+        self._recipe = (optimizer_cls, configs, clips)
+        self._optimizer, self._grad_scaler = optimizer, grad_scaler
+        return optimizer
 
     # ---- named but not there yet
 

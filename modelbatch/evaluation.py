@@ -106,7 +106,13 @@ def metrics(bundle: "ModelBatch") -> dict[str, float]:
 
 
 def grad_norms(bundle: "ModelBatch") -> Tensor | None:
-    """The 2-norm of each model's whole gradient, `[M]`; None where there are no gradients."""
+    """The 2-norm of each model's whole gradient, `[M]`; None where there are no gradients.
+
+    As it was before clipping, and without the scale of mixed precision, if the optimizer knows.
+    """
+    known: Tensor | None = getattr(bundle.optimizer, "last_grad_norms", None)
+    if known is not None:
+        return known
     squares = [
         torch.linalg.vector_norm(p.grad.flatten(1).float(), dim=1) ** 2
         if p.grad.dtype in (torch.float16, torch.bfloat16)

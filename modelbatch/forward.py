@@ -45,6 +45,14 @@ def _expandable(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.layout is torch.strided and not leaf.is_nested
 
 
+def _same_entries(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Whether two namespaces are surely equal; identical values are not looked into."""
+    try:
+        return a == b
+    except Exception:  # values that have no yes-or-no comparison, such as tensors
+        return False
+
+
 class Forward:
     """Runs the forward of a bundle and keeps what it learns about it.
 
@@ -331,7 +339,6 @@ class Forward:
     ) -> None:
         """Bring what the forward assigned back to the stack and to every model."""
         stack, modules = self.stack, self.stack.modules[0]
-        known = {place for slot in stack.slots for place in slot.places}
         for slot, tensor in zip(list(stack.slots), tensors):
             if slot.is_parameter:
                 continue
@@ -340,11 +347,16 @@ class Forward:
             if now is not tensor and now is not None:
                 with torch.no_grad():
                     stack.replace_buffer(slot, self._leave(now, level).detach())
+        known: set[tuple[int, str]] | None = None
         for index, module in enumerate(modules):
-            for attribute, now in module._buffers.items():
-                if now is not None and (index, attribute) not in known:
-                    stack.add_buffer(index, attribute, self._leave(now, level))
+            if module._buffers:
+                known = known or {place for slot in stack.slots for place in slot.places}
+                for attribute, now in module._buffers.items():
+                    if now is not None and (index, attribute) not in known:
+                        stack.add_buffer(index, attribute, self._leave(now, level))
             before = attributes[index]
+            if _same_entries(before, module.__dict__):
+                continue
             for name, value in module.__dict__.items():
                 if before.get(name, _MISSING) is value or name in _KEPT_ENTRIES:
                     continue

@@ -31,7 +31,8 @@ class _MeanForTheEye(torch.autograd.Function):
         if active is not None:
             counted = counted & active
         ctx.save_for_backward(active)
-        ctx.size = losses.shape
+        # For `scaled` alone, so the user may write to the values. They do not refer to this node.
+        ctx.losses, ctx.mean = losses, mean
         total = torch.where(counted, losses, torch.zeros_like(losses)).sum()
         if not mean:
             return total
@@ -41,7 +42,7 @@ class _MeanForTheEye(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None]:
         (active,) = ctx.saved_tensors
-        grad = grads[0].expand(ctx.size)
+        grad = grads[0].expand(ctx.losses.shape)
         if active is not None:
             grad = torch.where(active, grad, torch.zeros_like(grad))
         return grad, None, None
@@ -53,6 +54,52 @@ def combine(losses: Tensor, active: Tensor | None, reduction: str) -> Tensor:
         return losses
     result: Tensor = _MeanForTheEye.apply(losses, active, reduction == "mean")
     return result
+
+
+def scaled(total: Tensor, scales: Callable[[Tensor], Tensor]) -> Tensor | None:
+    """A total of losses whose gradient is that of `total`, multiplied by a scale for each model.
+
+    Args:
+        total: a scalar that was computed from nothing but results of `combine`, most often such a
+            result itself or a fraction of it.
+        scales: returns `[M]` scales for losses `[M]`.
+
+    Returns:
+        The scalar, computed from the losses behind `total`, so that no scale meets another model's
+        gradient; None if `total` depends on something else or has no gradient.
+    """
+    nodes = _combined(total.grad_fn)
+    if not nodes:
+        return None
+    weights: tuple[Tensor | None, ...] = (None,)
+    if total.grad_fn is not nodes[0]:
+        edges = [torch.autograd.graph.GradientEdge(node, 0) for node in nodes]
+        weights = torch.autograd.grad(total, edges, retain_graph=True)
+    result = None
+    for node, weight in zip(nodes, weights, strict=True):
+        (active,) = node.saved_tensors
+        scaled_losses = node.losses * scales(node.losses)
+        part = combine(scaled_losses, active, "mean" if node.mean else "sum")
+        part = part if weight is None else part * weight
+        result = part if result is None else result + part
+    return result
+
+
+def _combined(root: Any) -> list[Any]:
+    """The nodes of `combine` at all ends of a graph; none if it has ends of another kind."""
+    found: list[Any] = []
+    seen, waiting = {root}, [root]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, _MeanForTheEye._backward_cls):
+            found.append(node)
+            continue
+        following = [] if node is None else [n for n, _ in node.next_functions if n is not None]
+        if not following:
+            return []
+        waiting += [n for n in following if n not in seen]
+        seen.update(following)
+    return found
 
 
 def loss_for_weights(loss_fn: LossFn, weighted: bool) -> LossFn:

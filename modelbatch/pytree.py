@@ -8,6 +8,7 @@ import copy
 import dataclasses
 from typing import Any
 
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 
@@ -32,12 +33,28 @@ class Spec:
         self.spec, self.nested = spec, nested
 
 
+_ONE_TENSOR = Spec(pytree.tree_flatten(0)[1], [])
+_CALLS: dict[int, Spec] = {}
+
+
+def flatten_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Spec]:
+    """`flatten((args, kwargs))`, at once where all arguments are positional tensors."""
+    if kwargs or not all(isinstance(arg, Tensor) for arg in args):
+        return flatten((args, kwargs))
+    spec = _CALLS.get(len(args))
+    if spec is None:
+        spec = _CALLS[len(args)] = flatten(((0,) * len(args), {}))[1]
+    return list(args), spec
+
+
 def _is_dataclass_instance(value: Any) -> bool:
     return dataclasses.is_dataclass(value) and not isinstance(value, type)
 
 
 def flatten(tree: Any) -> tuple[list[Any], Spec]:
     """The leaves of `tree` in a fixed order, and what `unflatten` needs to put them back."""
+    if isinstance(tree, Tensor):
+        return [tree], _ONE_TENSOR
     outer, spec = pytree.tree_flatten(tree)
     leaves: list[Any] = []
     nested: list[tuple[int, _Dataclass]] = []
@@ -54,6 +71,10 @@ def flatten(tree: Any) -> tuple[list[Any], Spec]:
 
 def unflatten(leaves: list[Any], spec: Spec) -> Any:
     """The structure that `flatten` described, around other leaves."""
+    if spec is _ONE_TENSOR:
+        return leaves[0]
+    if spec is _CALLS.get(len(leaves)):
+        return tuple(leaves), {}
     if not spec.nested:
         return pytree.tree_unflatten(leaves, spec.spec)
     outer: list[Any] = []

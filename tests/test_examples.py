@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-EXAMPLES = ("simple_demo.py", "quick_consistency_test.py")
+EXAMPLES = ("simple_demo.py", "quick_consistency_test.py", "per_model_schedules.py")
 
 
 def run(script: str, *flags: str) -> "subprocess.CompletedProcess[str]":
@@ -66,6 +66,19 @@ def test_quick_consistency_test_finds_every_configuration_consistent() -> None:
     assert "DIVERGENT" not in done.stdout
     assert done.stdout.startswith("quick: 5 models 8-4-2, 100 samples, 2 epochs")
     assert done.stdout.isascii()
+
+
+def test_per_model_schedules_gives_every_model_its_own() -> None:
+    done = run("per_model_schedules.py", "--epochs", "4", "--models", "6")
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 4 + 6
+    assert done.stdout.count("(best)") == 1
+    first, *_, last = (line.split()[4:] for line in lines[:4])
+    # constant, step, exponential, warm-up; the sixth has the first's
+    assert first[:4] == ["0.02000", "0.02000", "0.02000", "0.00400"]
+    assert last[:3] == ["0.02000", "0.00054", "0.01024"]
+    assert last[5] == last[0]
 
 
 @pytest.mark.parametrize("script", EXAMPLES)

@@ -4,6 +4,12 @@ Importing a family's module registers its fake, autograd and vmap rules. Every o
 stacked tensors with the model axis as dim 0.
 """
 
-from modelbatch.ops import conv as conv, norm as norm, random as random
+from modelbatch.ops import (
+    conv as conv,
+    loss as loss,
+    norm as norm,
+    optim as optim,
+    random as random,
+)
 
-__all__ = ["conv", "norm", "random"]
+__all__ = ["conv", "loss", "norm", "optim", "random"]

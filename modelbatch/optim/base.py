@@ -1,7 +1,7 @@
 """What every optimizer of a bundle shares: one group and one state per model."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NoReturn
 
 from torch import Tensor, nn
@@ -59,6 +59,45 @@ class PerModelOptimizer(Optimizer):
             set_to_none: set them to None instead of zero.
         """
         self._views.clear(set_to_none)
+
+    def _models_to_skip(
+        self, nonfinite: Callable[[], Collection[int]] | None = None
+    ) -> Collection[int]:
+        """The models that a gradient scaler makes sit out the step that begins.
+
+        A scaler of torch has one scale and one `found_inf` for all models. It would halve its
+        scale for ever for a model that is beyond help, so such a model is lost: its gradients are
+        shown to nobody until they are finite again.
+
+        Args:
+            nonfinite: finds the models with an infinite or NaN gradient.
+
+        Returns:
+            Their numbers, none without a scaler.
+        """
+        found = self.__dict__.get("found_inf")
+        scale: Tensor | None = self.__dict__.get("grad_scale")
+        views = self._views
+        if found is None:
+            views.lose(())
+            return ()
+        if isinstance(found, Tensor) and found.dim() > 0:
+            views.lose(())
+            return found.nonzero().flatten().tolist()
+        again = views.find_again()
+        # Without a scale to divide by, the scaler has divided the others without seeing these.
+        late = again if scale is None else []
+        if not found:
+            return late
+        active = {i for i, flag in enumerate(views.active_flags()) if flag}
+        bad = active.intersection((nonfinite or views.nonfinite_models)())
+        if bad:
+            too_small = scale is not None and float(scale) <= 1
+            lost = bad if too_small else bad.intersection(views.diverged_models())
+            # With nobody left to protect, the scaler may see them: it needs one gradient.
+            views.lose(views.lost | lost if active - lost else ())
+        # None of them: what overflowed was clipped to finite values after unscale_.
+        return {*(bad or range(views.num_models)), *late}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused: the groups of this optimizer are the models of the bundle."""

@@ -26,7 +26,14 @@ class _Entry:
 
 
 class GradientViews:
-    """Keeps the `.grad` of every model's parameters a view into the stacked gradient.
+    """Makes the `.grad` of every model's parameters a view into the stacked gradient, on request.
+
+    The gradients arrive in the stacked parameters. `refresh` shows them in the models' parameters,
+    where torch's optimizers and tools look for them; nothing is shown before the first `refresh`
+    or after a `clear`. Who works on the stacked gradients alone never calls `refresh`, and pays
+    nothing for the views: `clear` then takes one assignment per stacked parameter. A gradient that
+    a model's own backward left in its parameters is not the bundle's, and stays where it is until
+    a `refresh` puts the bundle's in its place.
 
     Args:
         stacked: the stacked parameters, `[M, *shape]` each, under the names the models use.
@@ -49,6 +56,7 @@ class GradientViews:
         self.num_models = len(models)
         self._active = active
         self._excluded: Collection[int] = ()
+        self._lost: frozenset[int] = frozenset()
         self._bound_active: tuple[bool, ...] = (True,) * self.num_models
         by_model = [dict(model.named_parameters()) for model in models]
         for i, named in enumerate(by_model):
@@ -66,24 +74,33 @@ class GradientViews:
             _Entry(parameter, [named[name] for named in by_model])
             for name, parameter in stacked.items()
         ]
-
-    @property
-    def stacked(self) -> list[nn.Parameter]:
-        """The stacked parameters, `[M, *shape]` each."""
-        return [entry.stacked for entry in self._entries]
+        self._entry_of = {id(entry.stacked): entry for entry in self._entries}
+        #: The stacked parameters, `[M, *shape]` each.
+        self.stacked: list[nn.Parameter] = [entry.stacked for entry in self._entries]
+        #: For every stacked parameter the M models' own.
+        self.rows: list[list[nn.Parameter]] = [entry.params for entry in self._entries]
 
     @property
     def gradients(self) -> list[Tensor]:
-        """The stacked gradients that are shown at the moment, `[M, *shape]` each."""
-        return [entry.grad for entry in self._entries if entry.grad is not None]
+        """The stacked gradients there are at the moment, `[M, *shape]` each."""
+        grads = (parameter.grad for parameter in self.stacked)
+        return [grad for grad in grads if grad is not None]
+
+    @property
+    def shown(self) -> bool:
+        """Whether any stacked gradient is shown in the models' parameters at the moment.
+
+        What is shown is what the last `refresh` found: who changes stacked gradients or active
+        models behind it calls `refresh` again.
+        """
+        return any(entry.grad is not None for entry in self._entries)
 
     def slices_of(self, stacked: Tensor, grad: Tensor) -> int:
         """How many views of a stacked gradient are kept for its next use."""
-        for entry in self._entries:
-            if entry.stacked is stacked:
-                kept = entry.kept is not None and entry.kept() is grad
-                return len(entry.slices) if kept else 0
-        return 0
+        entry = self._entry_of.get(id(stacked))
+        if entry is None or entry.kept is None or entry.kept() is not grad:
+            return 0
+        return len(entry.slices)
 
     def is_active(self, i: int) -> bool:
         """Whether the last refresh gave model i its gradients."""
@@ -92,6 +109,36 @@ class GradientViews:
     def exclude(self, models: Collection[int]) -> None:
         """Takes the gradients away from these models until the next call."""
         self._excluded = models
+
+    def active_flags(self) -> list[bool]:
+        """M flags: which models may change, being active and neither excluded nor lost.
+
+        Raises:
+            ModelBatchError: the bundle gave another number of flags.
+        """
+        active = list(self._active())
+        if len(active) != self.num_models:
+            raise ModelBatchError(f"active() gave {len(active)} flags for {self.num_models} models")
+        for i in self._lost:
+            active[i] = False
+        for i in self._excluded:
+            active[i] = False
+        return active
+
+    @property
+    def lost(self) -> frozenset[int]:
+        """The models that no gradient scale can help; their gradients are not shown."""
+        return self._lost
+
+    def lose(self, models: Collection[int]) -> None:
+        """Replaces the lost models; none takes part again until it is found or replaced."""
+        self._lost = frozenset(models)
+
+    def find_again(self) -> list[int]:
+        """The lost models whose stacked gradients are finite now; they are lost no longer."""
+        found = sorted(self._lost - set(self.nonfinite_models())) if self._lost else []
+        self._lost -= set(found)
+        return found
 
     @property
     def pattern(self) -> tuple[tuple[bool, ...], tuple[str | None, ...]]:
@@ -108,16 +155,9 @@ class GradientViews:
 
         Costs next to nothing while neither a stacked gradient nor the active models changed.
         """
-        active = tuple(self._active())
-        if self._excluded:
-            active = tuple(flag and i not in self._excluded for i, flag in enumerate(active))
+        active = tuple(self.active_flags())
         everyone = active != self._bound_active
-        if everyone:
-            if len(active) != self.num_models:
-                raise ModelBatchError(
-                    f"active() gave {len(active)} flags for {self.num_models} models"
-                )
-            self._bound_active = active
+        self._bound_active = active
         all_active = all(active)
         for entry in self._entries:
             grad = entry.stacked.grad
@@ -139,7 +179,13 @@ class GradientViews:
                     param.grad = piece if flag else None
 
     def clear(self, set_to_none: bool = True) -> None:
-        """Removes (or zeroes) the stacked gradients, and with them the models'."""
+        """Removes (or zeroes) the stacked gradients, and with them what the models show of them.
+
+        Args:
+            set_to_none: remove them. Otherwise they are zeroed, and what was shown is shown anew,
+                whatever became of the models' own `.grad`.
+        """
+        shown = False
         for entry in self._entries:
             grad = entry.stacked.grad
             if grad is not None:
@@ -149,32 +195,39 @@ class GradientViews:
                     grad.detach_().zero_()
                 else:
                     grad.requires_grad_(False).zero_()
-            del grad
+            del grad  # before the memory's owners are counted
+            if entry.grad is None:
+                continue
+            shown = True
             if set_to_none:
                 _hide(entry)
             else:
-                entry.grad = None  # shown anew, whatever became of the models' own `.grad`
-        if not set_to_none:
+                entry.grad = None
+        if shown and not set_to_none:
             self.refresh()
 
-    @torch.no_grad()
     def nonfinite_models(self) -> list[int]:
         """The models with an infinite or NaN gradient; copies one vector `[M]` to the host."""
-        bad = [False] * self.num_models
-        flags: dict[torch.device, list[Tensor]] = {}
-        for entry in self._entries:
-            if entry.grad is None:
-                continue
-            if entry.grad.is_sparse:
-                parts = [bool(torch.isfinite(piece._values()).all()) for piece in entry.slices]
-                bad = [was or not finite for was, finite in zip(bad, parts, strict=True)]
+        return self._nonfinite_rows(self.gradients)
+
+    def diverged_models(self) -> list[int]:
+        """The models with an infinite or NaN parameter; copies one vector `[M]` to the host."""
+        return self._nonfinite_rows(self.stacked)
+
+    @torch.no_grad()
+    def _nonfinite_rows(self, tensors: Sequence[Tensor]) -> list[int]:
+        bad: dict[torch.device, list[Tensor]] = {}
+        for tensor in tensors:
+            if tensor.is_sparse:
+                rows = tensor._indices()[0]
+                finite = torch.isfinite(tensor._values()).flatten(1).all(1)
+                flags = torch.zeros(self.num_models, dtype=torch.bool, device=tensor.device)
+                flags[rows[~finite]] = True
             else:
-                finite = torch.isfinite(entry.grad.reshape(self.num_models, -1)).all(1)
-                flags.setdefault(finite.device, []).append(finite)
-        for finites in flags.values():
-            found = torch.stack(finites).all(0).logical_not().tolist()
-            bad = [was or now for was, now in zip(bad, found, strict=True)]
-        return [i for i, flag in enumerate(bad) if flag]
+                flags = torch.isfinite(tensor).reshape(self.num_models, -1).all(1).logical_not()
+            bad.setdefault(tensor.device, []).append(flags)
+        found = [torch.stack(flags).any(0).tolist() for flags in bad.values()]
+        return [i for i in range(self.num_models) if any(flags[i] for flags in found)]
 
     def _slice(self, entry: _Entry, grad: Tensor) -> Tensor:
         """Cuts a gradient into one view per model, `entry.slices`."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn, optim
 from torch.func import functional_call
 
-from modelbatch.optim import build_view_optimizer
+from modelbatch.optim import build_optimizer
 
 # Every option differs between the models, and so does whether it is given at all.
 CASES = {
@@ -31,7 +31,12 @@ CASES = {
     "adam_maximize": (optim.Adam, [{"maximize": True}, {"lr": 0.1}, {"maximize": True}]),
     "adam_tensor_lr": (
         optim.Adam,
-        [{"lr": torch.tensor(0.01)}, {"lr": 0.1}, {"lr": torch.tensor([0.001])}],
+        # In double precision: torch computes the coefficients in the precision of the tensor.
+        [
+            {"lr": torch.tensor(0.01, dtype=torch.float64)},
+            {"lr": 0.1},
+            {"lr": torch.tensor([0.001], dtype=torch.float64)},
+        ],
     ),
     "adamax": (optim.Adamax, [{"lr": 0.01}, {"betas": (0.8, 0.9)}, {"weight_decay": 0.1}]),
     "adamw": (
@@ -93,7 +98,7 @@ class HandMade:
         self.active = [True] * num_models
 
     def optimizer(self, optimizer_cls, configs):
-        return build_view_optimizer(
+        return build_optimizer(
             self.stacked, self.models, optimizer_cls, configs, active=lambda: self.active
         )
 

@@ -1,0 +1,219 @@
+/* The arithmetic of every update rule, for the CPU and the CUDA kernels alike.
+ *
+ * For each rule there are
+ *   mb_<rule>_f64, mb_<rule>_f32       a model's coefficients in the type of the arithmetic
+ *   mb_<rule>_coefficients(hyper, num_models, model, step)   them in double; `step` counts this
+ *                                      step, so that it is 1 at the first
+ *   mb_<rule>_round_f32(c), mb_<rule>_round_f64(c)           rounded from double
+ *   mb_<rule>_update_f32, _f64(&c, grad, &param, &states...) one element, in place
+ * AdamW has the structs and the update of Adam.
+ */
+#ifndef MODELBATCH_OPTIM_RULES_H
+#define MODELBATCH_OPTIM_RULES_H
+
+#include <math.h>
+#include <stdint.h>
+
+#include "common/host_device.h"
+#include "optim/optim.h"
+
+#define REAL double
+#define REAL_SQRT(value) sqrt(value)
+#define NAME(stem) stem##_f64
+#include "optim/rules_body.h"
+
+#define REAL float
+#define REAL_SQRT(value) sqrtf(value)
+#define NAME(stem) stem##_f32
+#include "optim/rules_body.h"
+
+/* ---- parts ---------------------------------------------------------------------------------- */
+
+/* a + w (b - a) loses a digit of b where w is near 1; from there on it is b - (1 - w) (b - a). The
+ * result is the factor of (b - a); *from_end tells which end it is added to. */
+MB_HOST_DEVICE static inline double mb_lerp_weight(double weight, int* from_end) {
+  *from_end = weight >= 0.5;
+  return weight < 0.5 ? weight : -(1.0 - weight);
+}
+
+MB_HOST_DEVICE static inline double mb_sign(double maximize) { return maximize != 0 ? -1.0 : 1.0; }
+
+/* ---- SGD ------------------------------------------------------------------------------------ */
+
+/* Only models with momentum count their steps. */
+MB_HOST_DEVICE static inline int mb_sgd_counts_step(const double* hyper, int64_t num_models,
+                                                    int64_t model) {
+  return hyper[MB_SGD_MOMENTUM * num_models + model] != 0;
+}
+
+MB_HOST_DEVICE static inline mb_sgd_f64 mb_sgd_coefficients(const double* hyper, int64_t num_models,
+                                                            int64_t model, double step) {
+  const double* h = hyper + model;
+  mb_sgd_f64 c;
+  c.sign = mb_sign(h[MB_SGD_MAXIMIZE * num_models]);
+  c.weight_decay = h[MB_SGD_WEIGHT_DECAY * num_models];
+  c.lr = h[MB_SGD_LR * num_models];
+  c.momentum = h[MB_SGD_MOMENTUM * num_models];
+  c.grad_weight = 1.0 - h[MB_SGD_DAMPENING * num_models];
+  c.has_momentum = c.momentum != 0;
+  c.is_first = step == 1.0;
+  c.nesterov = h[MB_SGD_NESTEROV * num_models] != 0;
+  return c;
+}
+
+MB_HOST_DEVICE static inline mb_sgd_f32 mb_sgd_round_f32(mb_sgd_f64 c) {
+  mb_sgd_f32 r;
+  r.sign = (float)c.sign;
+  r.weight_decay = (float)c.weight_decay;
+  r.lr = (float)c.lr;
+  r.momentum = (float)c.momentum;
+  r.grad_weight = (float)c.grad_weight;
+  r.has_momentum = c.has_momentum;
+  r.is_first = c.is_first;
+  r.nesterov = c.nesterov;
+  return r;
+}
+
+MB_HOST_DEVICE static inline mb_sgd_f64 mb_sgd_round_f64(mb_sgd_f64 c) { return c; }
+
+/* ---- Adam and AdamW ------------------------------------------------------------------------- */
+
+/* 1 - beta^step for both moments. Two powers cost more than the rest of a small model's
+ * coefficients, so a caller may keep the result for the next model of equal betas and step. */
+typedef struct mb_adam_correction {
+  double beta1, beta2, step; /* what it was computed for */
+  double correction1, sqrt_correction2;
+} mb_adam_correction;
+
+MB_HOST_DEVICE static inline mb_adam_correction mb_make_adam_correction(double beta1, double beta2,
+                                                                        double step) {
+  mb_adam_correction a;
+  a.beta1 = beta1;
+  a.beta2 = beta2;
+  a.step = step;
+  a.correction1 = 1.0 - pow(beta1, step);
+  a.sqrt_correction2 = sqrt(1.0 - pow(beta2, step));
+  return a;
+}
+
+/* `correction` must belong to the model's betas and step. */
+MB_HOST_DEVICE static inline mb_adam_f64 mb_adam_coefficients_with(
+    const double* hyper, int64_t num_models, int64_t model, const mb_adam_correction* correction,
+    int is_adamw) {
+  const double* h = hyper + model;
+  const double lr = h[MB_ADAM_LR * num_models];
+  const double weight_decay = h[MB_ADAM_WEIGHT_DECAY * num_models];
+  const int decoupled = is_adamw || h[MB_ADAM_DECOUPLED * num_models] != 0;
+  mb_adam_f64 c;
+  c.sign = mb_sign(h[MB_ADAM_MAXIMIZE * num_models]);
+  c.weight_decay = decoupled ? 0.0 : weight_decay;
+  c.param_factor = decoupled && weight_decay != 0 ? 1.0 - lr * weight_decay : 1.0;
+  c.lerp_weight = mb_lerp_weight(1.0 - correction->beta1, &c.lerp_from_end);
+  c.beta2 = correction->beta2;
+  c.one_minus_beta2 = 1.0 - correction->beta2;
+  c.step_size = lr / correction->correction1;
+  c.inv_sqrt_correction2 = 1.0 / correction->sqrt_correction2;
+  c.eps = h[MB_ADAM_EPS * num_models];
+  c.amsgrad = h[MB_ADAM_AMSGRAD * num_models] != 0;
+  return c;
+}
+
+MB_HOST_DEVICE static inline mb_adam_f64 mb_adam_coefficients(const double* hyper,
+                                                              int64_t num_models, int64_t model,
+                                                              double step) {
+  const mb_adam_correction correction = mb_make_adam_correction(
+      hyper[MB_ADAM_BETA1 * num_models + model], hyper[MB_ADAM_BETA2 * num_models + model], step);
+  return mb_adam_coefficients_with(hyper, num_models, model, &correction, 0);
+}
+
+MB_HOST_DEVICE static inline mb_adam_f64 mb_adamw_coefficients(const double* hyper,
+                                                               int64_t num_models, int64_t model,
+                                                               double step) {
+  const mb_adam_correction correction = mb_make_adam_correction(
+      hyper[MB_ADAM_BETA1 * num_models + model], hyper[MB_ADAM_BETA2 * num_models + model], step);
+  return mb_adam_coefficients_with(hyper, num_models, model, &correction, 1);
+}
+
+MB_HOST_DEVICE static inline mb_adam_f32 mb_adam_round_f32(mb_adam_f64 c) {
+  mb_adam_f32 r;
+  r.sign = (float)c.sign;
+  r.weight_decay = (float)c.weight_decay;
+  r.param_factor = (float)c.param_factor;
+  r.lerp_weight = (float)c.lerp_weight;
+  r.beta2 = (float)c.beta2;
+  r.one_minus_beta2 = (float)c.one_minus_beta2;
+  r.step_size = (float)c.step_size;
+  r.inv_sqrt_correction2 = (float)c.inv_sqrt_correction2;
+  r.eps = (float)c.eps;
+  r.lerp_from_end = c.lerp_from_end;
+  r.amsgrad = c.amsgrad;
+  return r;
+}
+
+MB_HOST_DEVICE static inline mb_adam_f64 mb_adam_round_f64(mb_adam_f64 c) { return c; }
+
+/* ---- RMSprop -------------------------------------------------------------------------------- */
+
+MB_HOST_DEVICE static inline mb_rmsprop_f64 mb_rmsprop_coefficients(const double* hyper,
+                                                                    int64_t num_models,
+                                                                    int64_t model, double step) {
+  const double* h = hyper + model;
+  mb_rmsprop_f64 c;
+  (void)step; /* counted, but not used */
+  c.sign = mb_sign(h[MB_RMSPROP_MAXIMIZE * num_models]);
+  c.weight_decay = h[MB_RMSPROP_WEIGHT_DECAY * num_models];
+  c.lr = h[MB_RMSPROP_LR * num_models];
+  c.alpha = h[MB_RMSPROP_ALPHA * num_models];
+  c.one_minus_alpha = 1.0 - c.alpha;
+  c.lerp_weight = mb_lerp_weight(c.one_minus_alpha, &c.lerp_from_end);
+  c.eps = h[MB_RMSPROP_EPS * num_models];
+  c.momentum = h[MB_RMSPROP_MOMENTUM * num_models];
+  c.centered = h[MB_RMSPROP_CENTERED * num_models] != 0;
+  c.has_momentum = c.momentum > 0;
+  return c;
+}
+
+MB_HOST_DEVICE static inline mb_rmsprop_f32 mb_rmsprop_round_f32(mb_rmsprop_f64 c) {
+  mb_rmsprop_f32 r;
+  r.sign = (float)c.sign;
+  r.weight_decay = (float)c.weight_decay;
+  r.lr = (float)c.lr;
+  r.alpha = (float)c.alpha;
+  r.one_minus_alpha = (float)c.one_minus_alpha;
+  r.lerp_weight = (float)c.lerp_weight;
+  r.eps = (float)c.eps;
+  r.momentum = (float)c.momentum;
+  r.lerp_from_end = c.lerp_from_end;
+  r.centered = c.centered;
+  r.has_momentum = c.has_momentum;
+  return r;
+}
+
+MB_HOST_DEVICE static inline mb_rmsprop_f64 mb_rmsprop_round_f64(mb_rmsprop_f64 c) { return c; }
+
+/* ---- Adagrad -------------------------------------------------------------------------------- */
+
+MB_HOST_DEVICE static inline mb_adagrad_f64 mb_adagrad_coefficients(const double* hyper,
+                                                                    int64_t num_models,
+                                                                    int64_t model, double step) {
+  const double* h = hyper + model;
+  mb_adagrad_f64 c;
+  c.sign = mb_sign(h[MB_ADAGRAD_MAXIMIZE * num_models]);
+  c.weight_decay = h[MB_ADAGRAD_WEIGHT_DECAY * num_models];
+  c.lr = h[MB_ADAGRAD_LR * num_models] / (1.0 + (step - 1.0) * h[MB_ADAGRAD_LR_DECAY * num_models]);
+  c.eps = h[MB_ADAGRAD_EPS * num_models];
+  return c;
+}
+
+MB_HOST_DEVICE static inline mb_adagrad_f32 mb_adagrad_round_f32(mb_adagrad_f64 c) {
+  mb_adagrad_f32 r;
+  r.sign = (float)c.sign;
+  r.weight_decay = (float)c.weight_decay;
+  r.lr = (float)c.lr;
+  r.eps = (float)c.eps;
+  return r;
+}
+
+MB_HOST_DEVICE static inline mb_adagrad_f64 mb_adagrad_round_f64(mb_adagrad_f64 c) { return c; }
+
+#endif /* MODELBATCH_OPTIM_RULES_H */

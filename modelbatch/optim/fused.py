@@ -1,0 +1,418 @@
+"""The optimizer whose step updates all models by one operator."""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Adagrad, Optimizer
+
+from ..errors import ModelBatchError
+from .base import PerModelOptimizer
+from .clip import clip_factor, grad_stats
+from .configs import stock_optimizer
+from .gradients import GradientViews
+from .groups import HyperTable, ModelGroup
+from .rules import RULES, Rule
+from .states import Entry, StateViews, merge_steps, real
+
+__all__ = ["FusedOptimizer", "build_fused_optimizer"]
+
+_DTYPES = frozenset(
+    {
+        *(torch.float32, torch.float64, torch.bfloat16, torch.float16),
+        *(torch.complex64, torch.complex128),
+    }
+)
+
+
+def suits(optimizer_cls: type[Optimizer], views: GradientViews) -> bool:
+    """Whether an operator computes this class for these parameters."""
+    from .. import _extension
+
+    return optimizer_cls in RULES and all(
+        param.dtype in _DTYPES
+        and (
+            param.device.type == "cpu"
+            or (param.device.type == "cuda" and _extension.has_cuda_library())
+        )
+        for param in views.stacked
+    )
+
+
+def build_fused_optimizer(
+    views: GradientViews, optimizer_cls: type[Optimizer], configs: list[dict[str, Any]]
+) -> "FusedOptimizer":
+    """Builds the fused optimizer of a class in `RULES`; see `FusedOptimizer`."""
+    return _fused_class(optimizer_cls)(  # type: ignore[arg-type]
+        views, optimizer_cls, configs
+    )
+
+
+class _Call:
+    """One call of the operator: the tensors of entries with one dtype and one count of steps."""
+
+    __slots__ = ("entries", "params", "states", "step")
+
+    def __init__(self, entries: list[Entry], rule: Rule) -> None:
+        self.entries = entries
+        self.params = [entry.param for entry in entries]
+        self.states = [
+            [state for entry in entries if (state := entry.states[which]) is not None]
+            for which in range(len(rule.states))
+        ]
+        self.step = entries[0].step
+
+
+class FusedOptimizer(PerModelOptimizer):
+    """Mixin that steps M models of a torch optimizer class by one operator.
+
+    The states are stacked `[M, *shape]` tensors and one vector of step counts; every option is a
+    vector with one number per model. `param_groups`, `state` and state dicts have torch's form,
+    with M groups.
+
+    The gradients stay as backward left them: unscaling and clipping happen on the way to the
+    update.
+
+    Args:
+        views: the models' parameters and gradients.
+        optimizer_cls: a class in `RULES`.
+        configs: M dicts of its options.
+
+    Raises:
+        ModelBatchError: torch refuses the parameters or options of a model.
+    """
+
+    # GradScaler then leaves unscaling and skipping to `step`, which does both per model.
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        views: GradientViews,
+        optimizer_cls: type[Optimizer],
+        configs: list[dict[str, Any]],
+    ) -> None:
+        self._views = views
+        self._optimizer_cls = optimizer_cls
+        self._configs = configs
+        self._rule = RULES[optimizer_cls]
+        self._table = HyperTable(self._rule, views.num_models)
+        stocks = [
+            stock_optimizer(optimizer_cls, params, config, i)
+            for i, (params, config) in enumerate(zip(views.params, configs, strict=True))
+        ]
+        self._entries = [Entry(p, self._rule, views.num_models) for p in views.stacked]
+        self._pattern: list[bool] | None = None  # which entries had a gradient in the last step
+        self._calls: list[_Call] = []
+        self._active_flags: list[bool] = []
+        self._active: Tensor | None = None
+        self.clip_grad_norm: Sequence[float] | None = None
+        self.clip_grad_value: Sequence[float] | None = None
+        self.last_grad_norms: Tensor | None = None
+        self._limits_key: Any = None
+        self._limits_tensor: Tensor
+        Optimizer.__init__(self, [dict(s.param_groups[0]) for s in stocks], stocks[0].defaults)
+        self._complete = True
+        self._reset_state()
+
+    # ---- groups and state, as torch shows them
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """M parameter groups, one per model, in model order."""
+        return self.__dict__["param_groups"]
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        views, table = self._views, self._table
+        self.__dict__["param_groups"] = [
+            ModelGroup(group, i, table.changed, views.refresh) for i, group in enumerate(groups)
+        ]
+        table.fill(groups)
+
+    @property  # type: ignore[override]
+    def state(self) -> StateViews:
+        """Every parameter's state in torch's own form, as views."""
+        return self._state
+
+    @state.setter
+    def state(self, state: Mapping[Tensor, Mapping[str, Any]]) -> None:
+        if not self._complete:
+            return
+        self._reset_state()
+        for param, values in state.items():
+            self._state[param] = dict(values)
+
+    def _reset_state(self) -> None:
+        num_models = self._views.num_models
+        self._entries = [Entry(p, self._rule, num_models) for p in self._views.stacked]
+        shared: dict[torch.device, Tensor] = {}
+        groups = self.__dict__["param_groups"]
+        first = self._first_states(groups)
+        for entry in self._entries:
+            entry.step = shared.setdefault(entry.step.device, entry.step)
+            if first is not None:
+                entry.allocate(0, first)
+        self._state = StateViews(self._rule, self._entries, self._views.rows, groups)
+        self._pattern = None
+
+    def _first_states(self, groups: list[dict[str, Any]]) -> list[float] | None:
+        first_state = self._rule.first_state
+        return None if first_state is None else [first_state(group) for group in groups]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:  # noqa: D102 - inherited
+        i = len(self.__dict__["param_groups"])
+        super().add_param_group(param_group)
+        group = ModelGroup(param_group, i, self._table.changed, self._views.refresh)
+        self.__dict__["param_groups"][i] = group
+        self._table.changed.update((i, option) for option in group)
+
+    # ---- the step
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Updates every active model with its own options.
+
+        Args:
+            closure: computes the gradients of all models anew and returns the loss.
+
+        Returns:
+            What the closure returned, or None without one.
+
+        Raises:
+            ModelBatchError: an option is no number; nothing has been changed then.
+        """
+        result = None
+        if closure is not None:
+            with torch.enable_grad():
+                result = closure()
+        with torch.no_grad():
+            self._update()
+        return result
+
+    def _update(self) -> None:
+        groups = self.__dict__["param_groups"]
+        grads = [entry.stacked.grad for entry in self._entries]
+        pattern = [grad is not None for grad in grads]
+        if self._table.refresh(groups) or pattern != self._pattern:
+            self._plan(pattern)
+        if not self._calls:
+            return
+        nonfinite = self._nonfinite() if "found_inf" in self.__dict__ or self._views.lost else None
+        if self._views.active_flags() != self._active_flags:
+            self._read_active()
+        by_call = [self._gradients(call) for call in self._calls]
+        scaling: tuple[Tensor | None, ...] = (None, None, None)
+        self.last_grad_norms = None
+        scaled = self.__dict__.get("grad_scale") is not None
+        if scaled or self.clip_grad_norm is not None or self.clip_grad_value is not None:
+            scaling = self._scaling([grad for grads in by_call for grad in grads])
+        matrix, active, operator = self._table.matrix, self._active, self._rule.operator
+        for call, own in zip(self._calls, by_call, strict=True):
+            operator(call.params, own, *call.states, call.step, matrix, active, nonfinite, *scaling)
+        # The operator writes below autograd, which must learn that saved parameters changed.
+        torch.autograd.graph.increment_version(self._views.stacked)
+
+    def _gradients(self, call: _Call) -> list[Tensor]:
+        grads = []
+        for entry in call.entries:
+            grad = entry.stacked.grad
+            assert grad is not None
+            if grad.is_sparse:
+                grad = self._dense(grad)
+            if grad.dtype != entry.stacked.dtype:
+                grad = grad.to(entry.stacked.dtype)
+            grads.append(real(grad) if grad.is_complex() else grad)
+        return grads
+
+    def _dense(self, grad: Tensor) -> Tensor:
+        # What SGD and Adagrad do to rows without a gradient is nothing, so a gradient of zero does.
+        if self._rule.name not in ("sgd", "adagrad"):
+            raise RuntimeError(f"{self._optimizer_cls.__name__} does not support sparse gradients")
+        if self._optimizer_cls is Adagrad:
+            for i, group in enumerate(self.__dict__["param_groups"]):
+                if group["weight_decay"] != 0:
+                    raise RuntimeError(
+                        f"model {i}: weight_decay option is not compatible with sparse gradients"
+                    )
+        return grad.to_dense()
+
+    def _plan(self, pattern: list[bool]) -> None:
+        """Makes missing states and groups the entries into calls."""
+        groups = self.__dict__["param_groups"]
+        needs = [self._rule.needed(group) for group in groups]
+        device = self._views.stacked[0].device if self._views.stacked else torch.device("cpu")
+        self._table.to(device)
+        needed = [any(flags) for flags in zip(*needs, strict=True)]
+        first = self._first_states(groups)
+        for entry, steps in zip(self._entries, pattern, strict=True):
+            for which, flag in enumerate(needed):
+                if steps and flag and entry.states[which] is None:
+                    entry.allocate(which, first)
+        merge_steps(self._entries, pattern)
+        together: dict[Any, list[Entry]] = {}
+        for entry, steps in zip(self._entries, pattern, strict=True):
+            if steps:
+                param = entry.stacked
+                key = (param.device, param.dtype.to_real(), id(entry.step))
+                together.setdefault(key, []).append(entry)
+        self._calls = [_Call(entries, self._rule) for entries in together.values()]
+        self._pattern = pattern
+
+    def _read_active(self) -> None:
+        self._active_flags = list(self._views.active_flags())
+        self._active = None
+        if not all(self._active_flags):
+            device = self._views.stacked[0].device
+            self._active = torch.tensor(self._active_flags, dtype=torch.bool, device=device)
+
+    def _nonfinite(self) -> Tensor | None:
+        """Which models a gradient scaler makes sit out this step, bool `[M]`."""
+        found: Tensor | None = self.__dict__.get("found_inf")
+        device = self._views.stacked[0].device
+        if isinstance(found, Tensor) and found.dim() > 0:
+            self._views.lose(())
+            return found.to(device) != 0
+        skipped = self._models_to_skip()
+        if not skipped:
+            return None
+        flags = [i in skipped for i in range(self._views.num_models)]
+        return torch.tensor(flags, dtype=torch.bool, device=device)
+
+    def _scaling(self, grads: list[Tensor]) -> tuple[Tensor | None, ...]:
+        """What to do to the models' gradients on their way to the update."""
+        num_models, device = self._views.num_models, grads[0].device
+        scale: Tensor | None = self.__dict__.get("grad_scale")
+        inv_scale = factor = limit = None
+        if scale is not None:
+            # The reciprocal in double precision, as GradScaler takes it.
+            inv_scale = scale.double().reciprocal().float().to(device).expand(num_models)
+            inv_scale = inv_scale.contiguous()
+        if self.clip_grad_norm is not None:
+            squares, _ = grad_stats(grads, num_models)
+            limits = self._limits(self.clip_grad_norm, device)
+            self.last_grad_norms, factor = clip_factor(squares, limits, inv_scale)
+        if self.clip_grad_value is not None:
+            limit = self._limits(self.clip_grad_value, device)
+        return inv_scale, factor, limit
+
+    def _limits(self, values: Sequence[float], device: torch.device) -> Tensor:
+        """The M limits of a clip on their device, copied there once."""
+        key = (tuple(values), device)
+        if key != self._limits_key:
+            limits = torch.tensor(key[0], dtype=torch.float64, device=device)
+            self._limits_key, self._limits_tensor = key, limits
+        return self._limits_tensor
+
+    # ---- loading
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what `state_dict` of a bundle of as many models gave.
+
+        Raises:
+            ModelBatchError: another number of models or parameters, or options or shapes that do
+                not fit; nothing has been changed then.
+        """
+        state_dict = state_dict.copy()
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = pre_hook(self, state_dict) or state_dict
+        saved = state_dict["param_groups"]
+        groups = self.__dict__["param_groups"]
+        if len(saved) != len(groups):
+            raise ModelBatchError(
+                f"the state dict is of {len(saved)} models, the bundle has {len(groups)}"
+            )
+        loaded = [
+            self._checked_state(i, {"state": _state_of(state_dict, group), "param_groups": [group]})
+            for i, group in enumerate(saved)
+        ]
+        for i, (options, states) in enumerate(loaded):
+            self._take(i, options, states)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def load_model_state_dict(  # noqa: D102 - inherited
+        self, i: int, state_dict: Mapping[str, Any]
+    ) -> None:
+        i = self._model_index(i)
+        self._take(i, *self._checked_state(i, state_dict))
+
+    def _checked_state(
+        self, i: int, state_dict: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], list[Mapping[str, Any] | None]]:
+        """The options and the parameters' states of model i, once they fit it."""
+        params = self._views.params[i]
+        saved = self._checked_group(i, state_dict)
+        indices = {key: index for index, key in enumerate(saved["params"])}
+        states: list[Mapping[str, Any] | None] = [None] * len(params)
+        for key, values in state_dict["state"].items():
+            if key not in indices:
+                raise ModelBatchError(
+                    f"model {i}: the state dict has state of a parameter {key!r} that is in none "
+                    f"of its groups"
+                )
+            self._check_state(i, indices[key], params[indices[key]], values)
+            states[indices[key]] = values
+        stock = stock_optimizer(self._optimizer_cls, params, self._configs[i], i)
+        needed = stock.param_groups[0].keys()
+        try:
+            stock.load_state_dict({"state": {}, "param_groups": [copy.deepcopy(saved)]})
+        except Exception as error:
+            raise ModelBatchError(f"model {i}: the state dict cannot be loaded: {error}") from error
+        options = stock.param_groups[0]
+        if missing := needed - options.keys():
+            raise ModelBatchError(
+                f"model {i}: the state dict lacks the option {', '.join(sorted(missing))} of "
+                f"{self._optimizer_cls.__name__}; another class may have saved it"
+            )
+        for k, values in enumerate(states):
+            self._check_names(i, k, options, values)
+        return {name: value for name, value in options.items() if name != "params"}, states
+
+    def _check_names(
+        self, i: int, k: int, options: Mapping[str, Any], values: Mapping[str, Any] | None
+    ) -> None:
+        if not values:
+            return
+        names = zip(self._rule.states, self._rule.needed(options), strict=True)
+        missing = [name for name, has in names if has and values.get(name) is None]
+        if self._rule.counts and "step" not in values:
+            missing.append("step")
+        # SGD's momentum begins with the first step in which the option is set.
+        if missing and self._rule.counts:
+            raise ModelBatchError(
+                f"model {i}: the state of parameter {k} lacks {', '.join(missing)}; another class "
+                f"than {self._optimizer_cls.__name__} may have saved it"
+            )
+
+    def _take(
+        self, i: int, options: Mapping[str, Any], states: list[Mapping[str, Any] | None]
+    ) -> None:
+        self.__dict__["param_groups"][i].update(options)
+        for param, values in zip(self._views.params[i], states, strict=True):
+            self._state[param] = values or {}
+        self._pattern = None
+
+    def tensors_moved(self) -> None:
+        """Follows parameters that were moved to another device or dtype."""
+        for entry in self._entries:
+            entry.follow()
+        self._pattern, self._active_flags = None, []
+
+
+def _state_of(state_dict: Mapping[str, Any], group: Mapping[str, Any]) -> dict[Any, Any]:
+    own = set(group["params"])
+    return {key: values for key, values in state_dict["state"].items() if key in own}
+
+
+@cache
+def _fused_class(optimizer_cls: type[Optimizer]) -> type[FusedOptimizer]:
+    """One subclass per optimizer class, which calls itself by that class's name."""
+    own = {
+        "__module__": optimizer_cls.__module__,
+        "__qualname__": optimizer_cls.__qualname__,
+        "__doc__": optimizer_cls.__doc__,
+    }
+    metaclass: Any = type(optimizer_cls)
+    return metaclass(optimizer_cls.__name__, (FusedOptimizer, optimizer_cls), own)
