@@ -50,7 +50,7 @@ STABLE_TORCH_LIBRARY(modelbatch, m) {
   // float64 [K, M], its rows as in csrc/optim/optim.h. Models that are not active or nonfinite
   // (bool [M]) are left alone. The gradient is used times inv_scale times clip_factor (float32
   // [M]), then clamped to +-clip_value (float64 [M]).
-#define MB_OPTIM_COMMON                                                                      \
+#define MB_OPTIM_COMMON                                                                 \
   "Tensor hyper, Tensor? active=None, Tensor? nonfinite=None, Tensor? inv_scale=None, " \
   "Tensor? clip_factor=None, Tensor? clip_value=None) -> ()"
   m.def(
@@ -68,6 +68,25 @@ STABLE_TORCH_LIBRARY(modelbatch, m) {
   m.def(
       "adagrad_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] sums, "
       "Tensor(c!) step, " MB_OPTIM_COMMON);
+  m.def(
+      "adadelta_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] square_avgs, "
+      "Tensor(c!)[] acc_deltas, Tensor(d!) step, " MB_OPTIM_COMMON);
+  m.def(
+      "adamax_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, "
+      "Tensor(c!)[] exp_infs, Tensor(d!) step, " MB_OPTIM_COMMON);
+  m.def(
+      "radam_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, "
+      "Tensor(c!)[] exp_avg_sqs, Tensor(d!) step, " MB_OPTIM_COMMON);
+  m.def(
+      "rprop_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] prevs, "
+      "Tensor(c!)[] step_sizes, Tensor(d!) step, " MB_OPTIM_COMMON);
+  // mu_product, eta and mu are float32 [M] and contiguous: at first 1, lr and 1.
+  m.def(
+      "nadam_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, "
+      "Tensor(c!)[] exp_avg_sqs, Tensor(d!) mu_product, Tensor(e!) step, " MB_OPTIM_COMMON);
+  m.def(
+      "asgd_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] axs, Tensor(c!) eta, "
+      "Tensor(d!) mu, Tensor(e!) step, " MB_OPTIM_COMMON);
 #undef MB_OPTIM_COMMON
   m.def("grad_stats(Tensor[] grads) -> (Tensor sq_norm, Tensor nonfinite)");
 }

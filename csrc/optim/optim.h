@@ -14,15 +14,22 @@ enum {
 };
 
 typedef enum mb_optim_rule {
-  MB_RULE_SGD = 0,     /* states: momentum_buffer */
-  MB_RULE_ADAM = 1,    /* states: exp_avg, exp_avg_sq, max_exp_avg_sq */
-  MB_RULE_ADAMW = 2,   /* as adam */
-  MB_RULE_RMSPROP = 3, /* states: square_avg, grad_avg, momentum_buffer */
-  MB_RULE_ADAGRAD = 4, /* states: sum */
-  MB_RULE_COUNT = 5
+  MB_RULE_SGD = 0,      /* states: momentum_buffer */
+  MB_RULE_ADAM = 1,     /* states: exp_avg, exp_avg_sq, max_exp_avg_sq */
+  MB_RULE_ADAMW = 2,    /* as adam */
+  MB_RULE_RMSPROP = 3,  /* states: square_avg, grad_avg, momentum_buffer */
+  MB_RULE_ADAGRAD = 4,  /* states: sum */
+  MB_RULE_ADADELTA = 5, /* states: square_avg, acc_delta */
+  MB_RULE_ADAMAX = 6,   /* states: exp_avg, exp_inf */
+  MB_RULE_RADAM = 7,    /* states: exp_avg, exp_avg_sq */
+  MB_RULE_RPROP = 8,    /* states: prev, step_size */
+  MB_RULE_NADAM = 9,    /* states: exp_avg, exp_avg_sq; per model: mu_product */
+  MB_RULE_ASGD = 10,    /* states: ax; per model: eta, mu */
+  MB_RULE_COUNT = 11
 } mb_optim_rule;
 
 #define MB_OPTIM_MAX_STATES 3
+#define MB_OPTIM_MAX_SCALARS 2 /* further numbers per model, float32 [M] */
 
 /* Rows of hyper = [K, M], float64: model m's value of a row is hyper[row * M + m]. */
 enum {
@@ -65,6 +72,68 @@ enum {
   MB_ADAGRAD_WEIGHT_DECAY,
   MB_ADAGRAD_MAXIMIZE,
   MB_ADAGRAD_ROWS
+};
+
+enum {
+  MB_ADADELTA_LR,
+  MB_ADADELTA_RHO,
+  MB_ADADELTA_EPS,
+  MB_ADADELTA_WEIGHT_DECAY,
+  MB_ADADELTA_MAXIMIZE,
+  MB_ADADELTA_ROWS
+};
+
+enum {
+  MB_ADAMAX_LR,
+  MB_ADAMAX_BETA1,
+  MB_ADAMAX_BETA2,
+  MB_ADAMAX_EPS,
+  MB_ADAMAX_WEIGHT_DECAY,
+  MB_ADAMAX_MAXIMIZE,
+  MB_ADAMAX_ROWS
+};
+
+enum {
+  MB_RADAM_LR,
+  MB_RADAM_BETA1,
+  MB_RADAM_BETA2,
+  MB_RADAM_EPS,
+  MB_RADAM_WEIGHT_DECAY,
+  MB_RADAM_DECOUPLED,
+  MB_RADAM_MAXIMIZE,
+  MB_RADAM_ROWS
+};
+
+enum {
+  MB_RPROP_LR,
+  MB_RPROP_ETAMINUS,
+  MB_RPROP_ETAPLUS,
+  MB_RPROP_STEP_SIZE_MIN,
+  MB_RPROP_STEP_SIZE_MAX,
+  MB_RPROP_MAXIMIZE,
+  MB_RPROP_ROWS
+};
+
+enum {
+  MB_NADAM_LR,
+  MB_NADAM_BETA1,
+  MB_NADAM_BETA2,
+  MB_NADAM_EPS,
+  MB_NADAM_WEIGHT_DECAY,
+  MB_NADAM_MOMENTUM_DECAY,
+  MB_NADAM_DECOUPLED,
+  MB_NADAM_MAXIMIZE,
+  MB_NADAM_ROWS
+};
+
+enum {
+  MB_ASGD_LR,
+  MB_ASGD_LAMBD,
+  MB_ASGD_ALPHA,
+  MB_ASGD_T0,
+  MB_ASGD_WEIGHT_DECAY,
+  MB_ASGD_MAXIMIZE,
+  MB_ASGD_ROWS
 };
 
 /* How a slice lies in memory, read in the order of another, dense one: element e, whose index is

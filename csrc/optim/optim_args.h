@@ -35,6 +35,7 @@ struct OptimRule {
   // The row of hyper that is not 0 for the models that need the state; -1: every model does.
   std::array<int, MB_OPTIM_MAX_STATES> asking_row;
   std::array<const char*, MB_OPTIM_MAX_STATES> asking_name;
+  std::array<const char*, MB_OPTIM_MAX_SCALARS> scalars{};  // names of further numbers per model
 };
 
 inline constexpr std::array<OptimRule, MB_RULE_COUNT> kOptimRules = {{
@@ -67,6 +68,37 @@ inline constexpr std::array<OptimRule, MB_RULE_COUNT> kOptimRules = {{
      {-1, MB_RMSPROP_CENTERED, MB_RMSPROP_MOMENTUM},
      {"", "centered", "momentum"}},
     {MB_RULE_ADAGRAD, "adagrad_step_", MB_ADAGRAD_ROWS, 1, {"sums"}, {-1}, {""}},
+    {MB_RULE_ADADELTA,
+     "adadelta_step_",
+     MB_ADADELTA_ROWS,
+     2,
+     {"square_avgs", "acc_deltas"},
+     {-1, -1},
+     {"", ""}},
+    {MB_RULE_ADAMAX,
+     "adamax_step_",
+     MB_ADAMAX_ROWS,
+     2,
+     {"exp_avgs", "exp_infs"},
+     {-1, -1},
+     {"", ""}},
+    {MB_RULE_RADAM,
+     "radam_step_",
+     MB_RADAM_ROWS,
+     2,
+     {"exp_avgs", "exp_avg_sqs"},
+     {-1, -1},
+     {"", ""}},
+    {MB_RULE_RPROP, "rprop_step_", MB_RPROP_ROWS, 2, {"prevs", "step_sizes"}, {-1, -1}, {"", ""}},
+    {MB_RULE_NADAM,
+     "nadam_step_",
+     MB_NADAM_ROWS,
+     2,
+     {"exp_avgs", "exp_avg_sqs"},
+     {-1, -1},
+     {"", ""},
+     {"mu_product"}},
+    {MB_RULE_ASGD, "asgd_step_", MB_ASGD_ROWS, 1, {"axs"}, {-1}, {""}, {"eta", "mu"}},
 }};
 
 // A stacked tensor [M, ...], read once.
@@ -92,11 +124,12 @@ struct OptimArgs {
   float* step = nullptr;
   int64_t step_stride = 1;
   const double* hyper = nullptr;
+  std::array<float*, MB_OPTIM_MAX_SCALARS> scalars{};
   // [M], contiguous; nullptr where absent.
   const bool* active = nullptr;
   const bool* nonfinite = nullptr;
   const float* inv_scale = nullptr;
-  const float* clip_factor = nullptr;
+  const double* clip_factor = nullptr;
   const double* clip_value = nullptr;
   // Whether entry's state i was given.
   std::array<bool, MB_OPTIM_MAX_STATES> has_state{};
@@ -205,13 +238,14 @@ inline void check_distinct(const OptimArgs& args) {
 
 // ---- the checks ---------------------------------------------------------------------------------
 
-// `states` are the operator's state lists, in the order of the rule's.
+// `states` are the operator's state lists and `scalars` its further numbers per model, in the order
+// of the rule's.
 inline OptimArgs checked_optim_args(
     mb_optim_rule rule_id, const TensorList& params, const TensorList& grads,
     std::initializer_list<const TensorList*> states, const Tensor& step, const Tensor& hyper,
     const std::optional<Tensor>& active, const std::optional<Tensor>& nonfinite,
     const std::optional<Tensor>& inv_scale, const std::optional<Tensor>& clip_factor,
-    const std::optional<Tensor>& clip_value) {
+    const std::optional<Tensor>& clip_value, std::initializer_list<const Tensor*> scalars = {}) {
   const OptimRule& rule = kOptimRules[rule_id];
   const char* op = rule.op;
   OptimArgs args;
@@ -236,9 +270,17 @@ inline OptimArgs checked_optim_args(
   args.inv_scale =
       checked_vector<float>(inv_scale, "inv_scale", ScalarType::Float, "float32", kind, args);
   args.clip_factor =
-      checked_vector<float>(clip_factor, "clip_factor", ScalarType::Float, "float32", kind, args);
+      checked_vector<double>(clip_factor, "clip_factor", ScalarType::Double, "float64", kind, args);
   args.clip_value =
       checked_vector<double>(clip_value, "clip_value", ScalarType::Double, "float64", kind, args);
+
+  int scalar = 0;
+  for (const Tensor* tensor : scalars) {
+    const char* name = rule.scalars[scalar];
+    MB_CHECK(tensor->is_contiguous(), "modelbatch::", op, ": ", name, " must be contiguous");
+    args.scalars[scalar++] = const_cast<float*>(
+        checked_vector<float>(*tensor, name, ScalarType::Float, "float32", kind, args));
+  }
 
   const size_t count = params.size();
   MB_CHECK(grads.size() == count, "modelbatch::", op, ": params has ", count,

@@ -72,7 +72,9 @@ static int64_t min_i64(int64_t a, int64_t b) { return a < b ? a : b; }
 #define TABLE(stem) {stem##_f32, stem##_f64, stem##_bf16, stem##_f16}
 
 const mb_optim_kernels MB_NAME(mb_optim_kernels) = {
-    .update = {TABLE(sgd), TABLE(adam), TABLE(adam), TABLE(rmsprop), TABLE(adagrad)},
+    .update = {TABLE(sgd), TABLE(adam), TABLE(adam), TABLE(rmsprop), TABLE(adagrad),
+               TABLE(adadelta), TABLE(adamax), TABLE(radam), TABLE(rprop), TABLE(nadam),
+               TABLE(asgd)},
     .gather = {gather_32, gather_64, gather_16, gather_16},
     .sum_squares = TABLE(sum_squares),
 };

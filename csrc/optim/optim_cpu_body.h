@@ -141,6 +141,88 @@ static void NAME(adagrad) UPDATE_PARAMETERS {
   });
 }
 
+static void NAME(adadelta) UPDATE_PARAMETERS {
+  const RULE(mb_adadelta) c = *(const RULE(mb_adadelta)*)coefficients;
+  STORAGE* restrict param = param_data;
+  const STORAGE* restrict grad = grad_data;
+  REAL* restrict states0 = states[0];
+  REAL* restrict states1 = states[1];
+  EACH_ELEMENT({
+    REAL state0 = states0[e], state1 = states1[e];
+    RULE(mb_adadelta_update)(&c, g, &p, &state0, &state1);
+    states0[e] = state0;
+    states1[e] = state1;
+  });
+}
+
+static void NAME(adamax) UPDATE_PARAMETERS {
+  const RULE(mb_adamax) c = *(const RULE(mb_adamax)*)coefficients;
+  STORAGE* restrict param = param_data;
+  const STORAGE* restrict grad = grad_data;
+  REAL* restrict states0 = states[0];
+  REAL* restrict states1 = states[1];
+  EACH_ELEMENT({
+    REAL state0 = states0[e], state1 = states1[e];
+    RULE(mb_adamax_update)(&c, g, &p, &state0, &state1);
+    states0[e] = state0;
+    states1[e] = state1;
+  });
+}
+
+static void NAME(radam) UPDATE_PARAMETERS {
+  const RULE(mb_radam) c = *(const RULE(mb_radam)*)coefficients;
+  STORAGE* restrict param = param_data;
+  const STORAGE* restrict grad = grad_data;
+  REAL* restrict states0 = states[0];
+  REAL* restrict states1 = states[1];
+  EACH_ELEMENT({
+    REAL state0 = states0[e], state1 = states1[e];
+    RULE(mb_radam_update)(&c, g, &p, &state0, &state1);
+    states0[e] = state0;
+    states1[e] = state1;
+  });
+}
+
+static void NAME(rprop) UPDATE_PARAMETERS {
+  const RULE(mb_rprop) c = *(const RULE(mb_rprop)*)coefficients;
+  STORAGE* restrict param = param_data;
+  const STORAGE* restrict grad = grad_data;
+  REAL* restrict states0 = states[0];
+  REAL* restrict states1 = states[1];
+  EACH_ELEMENT({
+    REAL state0 = states0[e], state1 = states1[e];
+    RULE(mb_rprop_update)(&c, g, &p, &state0, &state1);
+    states0[e] = state0;
+    states1[e] = state1;
+  });
+}
+
+static void NAME(nadam) UPDATE_PARAMETERS {
+  const RULE(mb_nadam) c = *(const RULE(mb_nadam)*)coefficients;
+  STORAGE* restrict param = param_data;
+  const STORAGE* restrict grad = grad_data;
+  REAL* restrict states0 = states[0];
+  REAL* restrict states1 = states[1];
+  EACH_ELEMENT({
+    REAL state0 = states0[e], state1 = states1[e];
+    RULE(mb_nadam_update)(&c, g, &p, &state0, &state1);
+    states0[e] = state0;
+    states1[e] = state1;
+  });
+}
+
+static void NAME(asgd) UPDATE_PARAMETERS {
+  const RULE(mb_asgd) c = *(const RULE(mb_asgd)*)coefficients;
+  STORAGE* restrict param = param_data;
+  const STORAGE* restrict grad = grad_data;
+  REAL* restrict averages = states[0];
+  EACH_ELEMENT({
+    REAL average = averages[e];
+    RULE(mb_asgd_update)(&c, g, &p, &average);
+    averages[e] = average;
+  });
+}
+
 /* Element e is added to lane e mod LANES; then the lanes are added in a fixed tree. */
 static double NAME(sum_squares)(const void* grad_data, int64_t numel, int* nonfinite) {
   const STORAGE* restrict grad = grad_data;

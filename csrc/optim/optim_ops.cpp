@@ -1,207 +1,18 @@
-// The optimizer operators on the CPU: check, plan, loop over models and slices.
+// One step of every model's optimizer on the CPU: check, plan, loop over models and slices.
 //
-// An element's update reads nothing but its own place and its model's coefficients, and sums of
-// squares are taken over fixed ranges, so no result depends on how the work is split.
+// An element's update reads nothing but its own place and its model's coefficients, so no result
+// depends on how the work is split.
 #include <torch/csrc/stable/library.h>
 
-#include <cstring>
-#include <memory>
-#include <tuple>
+#include <limits>
 
-#include "common/dispatch.h"
-#include "optim/optim_args.h"
+#include "optim/optim_plan.h"
 #include "optim/rules.h"
-
-MB_DECLARE_TABLE(mb_optim_kernels)
 
 namespace modelbatch {
 namespace {
 
-// A model's elements per unit of work, and the fewest elements that are worth a thread.
-constexpr int64_t kUnit = 8192;
-constexpr int64_t kGrain = 16384;
-
-// The most models that are worked on together.
-constexpr int64_t kMaxBlock = 16;
-
-const mb_optim_kernels& kernels() {
-  static const mb_optim_kernels& table = MB_SELECT_TABLE(mb_optim_kernels);
-  return table;
-}
-
-constexpr std::array<int64_t, MB_OPTIM_DTYPES> kBytes = {4, 8, 2, 2};
 constexpr int64_t state_bytes(int dtype) { return dtype == MB_OPTIM_F64 ? 8 : 4; }
-
-// ---- memory layouts -----------------------------------------------------------------------------
-
-using Ints = std::vector<int64_t>;
-
-// The slice's dimensions longer than 1, outermost in memory first.
-void memory_order(const StackedTensor& tensor, Ints& order) {
-  order.clear();
-  for (int64_t dim = 1; dim < tensor.dims; ++dim) {
-    if (tensor.sizes[dim] == 1) continue;
-    order.push_back(dim);
-    for (size_t at = order.size() - 1; at > 0; --at) {
-      if (tensor.strides[order[at - 1]] >= tensor.strides[dim]) break;
-      std::swap(order[at - 1], order[at]);
-    }
-  }
-}
-
-void row_major_order(const StackedTensor& tensor, Ints& order) {
-  order.clear();
-  for (int64_t dim = 1; dim < tensor.dims; ++dim) {
-    if (tensor.sizes[dim] != 1) order.push_back(dim);
-  }
-}
-
-// Whether the slice is one run of memory in that order of its dimensions.
-bool is_dense(const StackedTensor& tensor, const Ints& order) {
-  int64_t expected = 1;
-  for (size_t at = order.size(); at-- > 0;) {
-    if (tensor.strides[order[at]] != expected) return false;
-    expected *= tensor.sizes[order[at]];
-  }
-  return true;
-}
-
-// How a slice that is not dense in that order is gathered.
-struct Layout {
-  Ints sizes, strides;
-
-  Layout(const StackedTensor& tensor, const Ints& order) {
-    for (int64_t dim : order) {
-      const int64_t size = tensor.sizes[dim], stride = tensor.strides[dim];
-      if (!sizes.empty() && strides.back() == stride * size) {
-        sizes.back() *= size;
-        strides.back() = stride;
-      } else {
-        sizes.push_back(size);
-        strides.push_back(stride);
-      }
-    }
-  }
-  mb_optim_layout view() const {
-    return {static_cast<int64_t>(sizes.size()), sizes.data(), strides.data()};
-  }
-};
-
-// A tensor as the kernels see it: the bytes where model 0's slice begins and from one model's slice
-// to the next.
-struct Slices {
-  char* data = nullptr;
-  int64_t step = 0;
-
-  Slices() = default;
-  Slices(const StackedTensor& tensor, int64_t element_bytes)
-      : data(static_cast<char*>(tensor.data)),
-        step(tensor.dims > 0 ? tensor.strides[0] * element_bytes : 0) {}
-  char* of(int64_t model) const { return data + model * step; }
-};
-
-struct Gradient {
-  Slices slices;
-  int64_t layout = -1;  // index of the layout to gather by, or -1: dense
-};
-
-Gradient planned_gradient(const StackedTensor& grad, const Ints& order, int64_t bytes,
-                          std::vector<Layout>& layouts) {
-  Gradient plan;
-  plan.slices = Slices(grad, bytes);
-  if (!is_dense(grad, order)) {
-    plan.layout = static_cast<int64_t>(layouts.size());
-    layouts.emplace_back(grad, order);
-  }
-  return plan;
-}
-
-// The units of all tensors of one model, one after the other.
-struct Unit {
-  int64_t tensor, begin, end;
-};
-
-class Units {
- public:
-  void add(int64_t slice_numel) {
-    numel_.push_back(slice_numel);
-    first_.push_back(count_);
-    count_ += (slice_numel + kUnit - 1) / kUnit;
-    total_numel_ += slice_numel;
-  }
-  int64_t count() const { return count_; }
-  int64_t total_numel() const { return total_numel_; }
-  Unit at(int64_t unit) const {
-    const auto after = std::upper_bound(first_.begin(), first_.end(), unit);
-    Unit found{after - first_.begin() - 1, 0, 0};
-    found.begin = (unit - first_[found.tensor]) * kUnit;
-    found.end = std::min(found.begin + kUnit, numel_[found.tensor]);
-    return found;
-  }
-  // The unit after `unit`, which is not the last one.
-  Unit after(Unit unit) const {
-    if (unit.end < numel_[unit.tensor]) {
-      unit.begin = unit.end;
-    } else {
-      do ++unit.tensor;
-      while (numel_[unit.tensor] == 0);
-      unit.begin = 0;
-    }
-    unit.end = std::min(unit.begin + kUnit, numel_[unit.tensor]);
-    return unit;
-  }
-
- private:
-  Ints numel_, first_;
-  int64_t count_ = 0, total_numel_ = 0;
-};
-
-// How many models make a block.
-int64_t block_of(const Units& units) {
-  return std::clamp<int64_t>(kUnit / units.total_numel(), 1, kMaxBlock);
-}
-
-// Models follow one another in memory, tensor by tensor. So the models of a small network are taken
-// in blocks, and within a block tensor by tensor: few and long runs of memory instead of many short
-// ones.
-//
-// body(own, begin, end, index, unit) is called for unit number `index` of the rows (models) begin
-// to end - 1, a block or, at the end, less; open() makes what each thread needs of its own.
-template <class Open, class Body>
-void for_each_unit(int64_t rows, const Units& units, const Open& open, const Body& body) {
-  const int64_t count = units.count();
-  if (rows == 0 || count == 0) return;
-  const int64_t block = block_of(units);
-  const int64_t blocks = (rows + block - 1) / block;
-  const int64_t grain = std::max<int64_t>(1, kGrain * count / (units.total_numel() * block));
-  torch::stable::parallel_for(0, blocks * count, grain, [&](int64_t first, int64_t last) {
-    auto own = open();
-    int64_t begin = first / count * block, index = first % count;
-    Unit unit = units.at(index);
-    for (int64_t task = first; task < last; ++task) {
-      body(own, begin, std::min(begin + block, rows), index, unit);
-      if (task + 1 == last) break;
-      if (++index == count) {
-        index = 0;
-        begin += block;
-        unit = units.at(0);
-      } else {
-        unit = units.after(unit);
-      }
-    }
-  });
-}
-
-// The gradient's elements of a unit as a dense run, gathered into `buffer` where it is not.
-const void* dense_gradient(const Gradient& grad, const std::vector<Layout>& layouts, int64_t model,
-                           const Unit& unit, int dtype, std::unique_ptr<char[]>& buffer) {
-  const char* slice = grad.slices.of(model);
-  if (grad.layout < 0) return slice + unit.begin * kBytes[dtype];
-  if (buffer == nullptr) buffer.reset(new char[kUnit * kBytes[dtype]]);
-  const mb_optim_layout layout = layouts[grad.layout].view();
-  kernels().gather[dtype](buffer.get(), slice, &layout, unit.begin, unit.end);
-  return buffer.get();
-}
 
 // ---- coefficients -------------------------------------------------------------------------------
 
@@ -215,6 +26,18 @@ union Coefficients {
   mb_rmsprop_f64 rmsprop_f64;
   mb_adagrad_f32 adagrad_f32;
   mb_adagrad_f64 adagrad_f64;
+  mb_adadelta_f32 adadelta_f32;
+  mb_adadelta_f64 adadelta_f64;
+  mb_adamax_f32 adamax_f32;
+  mb_adamax_f64 adamax_f64;
+  mb_radam_f32 radam_f32;
+  mb_radam_f64 radam_f64;
+  mb_rprop_f32 rprop_f32;
+  mb_rprop_f64 rprop_f64;
+  mb_nadam_f32 nadam_f32;
+  mb_nadam_f64 nadam_f64;
+  mb_asgd_f32 asgd_f32;
+  mb_asgd_f64 asgd_f64;
 };
 
 union Transform {
@@ -225,8 +48,8 @@ union Transform {
 // What a thread keeps from one unit to the next: what belongs to the models of a block.
 struct Worker {
   int64_t first_row = -1;
-  std::array<Coefficients, kMaxBlock> coefficients;
-  std::array<Transform, kMaxBlock> transforms;
+  std::array<Coefficients, kOptimBlock> coefficients;
+  std::array<Transform, kOptimBlock> transforms;
   mb_adam_correction correction{};  // of step 0: no model's
   std::unique_ptr<char[]> buffer;
 
@@ -266,14 +89,46 @@ struct Worker {
         wide ? void(to.rmsprop_f64 = c) : void(to.rmsprop_f32 = mb_rmsprop_round_f32(c));
         break;
       }
-      default: {
+      case MB_RULE_ADAGRAD: {
         const mb_adagrad_f64 c = mb_adagrad_coefficients(args.hyper, count, model, step);
         wide ? void(to.adagrad_f64 = c) : void(to.adagrad_f32 = mb_adagrad_round_f32(c));
+        break;
+      }
+      case MB_RULE_ADADELTA: {
+        const mb_adadelta_f64 c = mb_adadelta_coefficients(args.hyper, count, model, step);
+        wide ? void(to.adadelta_f64 = c) : void(to.adadelta_f32 = mb_adadelta_round_f32(c));
+        break;
+      }
+      case MB_RULE_ADAMAX: {
+        const mb_adamax_f64 c = mb_adamax_coefficients(args.hyper, count, model, step);
+        wide ? void(to.adamax_f64 = c) : void(to.adamax_f32 = mb_adamax_round_f32(c));
+        break;
+      }
+      case MB_RULE_RADAM: {
+        const mb_radam_f64 c = mb_radam_coefficients(args.hyper, count, model, step);
+        wide ? void(to.radam_f64 = c) : void(to.radam_f32 = mb_radam_round_f32(c));
+        break;
+      }
+      case MB_RULE_NADAM: {
+        const mb_nadam_f64 c =
+            mb_nadam_coefficients(args.hyper, count, model, step, args.scalars[0][model]);
+        wide ? void(to.nadam_f64 = c) : void(to.nadam_f32 = mb_nadam_round_f32(c));
+        break;
+      }
+      case MB_RULE_ASGD: {
+        const mb_asgd_f64 c = mb_asgd_coefficients(args.hyper, count, model, args.scalars[0][model],
+                                                   args.scalars[1][model]);
+        wide ? void(to.asgd_f64 = c) : void(to.asgd_f32 = mb_asgd_round_f32(c));
+        break;
+      }
+      default: {
+        const mb_rprop_f64 c = mb_rprop_coefficients(args.hyper, count, model, step);
+        wide ? void(to.rprop_f64 = c) : void(to.rprop_f32 = mb_rprop_round_f32(c));
       }
     }
     if (!args.transforms_grad()) return;
     const float inv_scale = args.inv_scale != nullptr ? args.inv_scale[model] : 1.0f;
-    const float clip_factor = args.clip_factor != nullptr ? args.clip_factor[model] : 1.0f;
+    const double clip_factor = args.clip_factor != nullptr ? args.clip_factor[model] : 1.0;
     const double clip_value = args.clip_value != nullptr ? args.clip_value[model]
                                                          : std::numeric_limits<double>::infinity();
     if (wide) {
@@ -318,7 +173,7 @@ StepPlan planned_step(OptimArgs& args, const TensorList& params,
   StepPlan plan;
   plan.entries.reserve(args.entries.size());
   Ints order;
-  const int64_t bytes = kBytes[args.dtype], wide_bytes = state_bytes(args.dtype);
+  const int64_t bytes = kOptimBytes[args.dtype], wide_bytes = state_bytes(args.dtype);
   for (size_t i = 0; i < args.entries.size(); ++i) {
     OptimEntry& entry = args.entries[i];
     EntryPlan& to = plan.entries.emplace_back();
@@ -362,18 +217,36 @@ Ints live_models(const OptimArgs& args) {
   return live;
 }
 
+// What changes once per model, after its parameters.
+void count_step(const OptimArgs& args, int64_t model) {
+  const double* hyper = args.hyper;
+  const int64_t count = args.num_models;
+  float& done = args.step[model * args.step_stride];
+  if (args.rule->id == MB_RULE_SGD && !mb_sgd_counts_step(hyper, count, model)) return;
+  done += 1.0f;
+  const double step = static_cast<double>(done);
+  if (args.rule->id == MB_RULE_NADAM) {
+    float& product = args.scalars[0][model];
+    product = mb_nadam_mu_product(hyper, count, model, step, product);
+  } else if (args.rule->id == MB_RULE_ASGD) {
+    args.scalars[0][model] = mb_asgd_next_eta(hyper, count, model, step);
+    args.scalars[1][model] = mb_asgd_next_mu(hyper, count, model, step);
+  }
+}
+
 void step_cpu(mb_optim_rule rule, const TensorList& params, const TensorList& grads,
               std::initializer_list<const TensorList*> states, const Tensor& step,
               const Tensor& hyper, const std::optional<Tensor>& active,
               const std::optional<Tensor>& nonfinite, const std::optional<Tensor>& inv_scale,
-              const std::optional<Tensor>& clip_factor, const std::optional<Tensor>& clip_value) {
+              const std::optional<Tensor>& clip_factor, const std::optional<Tensor>& clip_value,
+              std::initializer_list<const Tensor*> scalars = {}) {
   OptimArgs args = checked_optim_args(rule, params, grads, states, step, hyper, active, nonfinite,
-                                      inv_scale, clip_factor, clip_value);
+                                      inv_scale, clip_factor, clip_value, scalars);
   check_states_asked_for(args);
   StepPlan plan = planned_step(args, params, states);
   const Ints live = live_models(args);
-  const mb_optim_update_fn update = kernels().update[rule][args.dtype];
-  const int64_t bytes = kBytes[args.dtype], wide_bytes = state_bytes(args.dtype);
+  const mb_optim_update_fn update = optim_kernels().update[rule][args.dtype];
+  const int64_t bytes = kOptimBytes[args.dtype], wide_bytes = state_bytes(args.dtype);
   const bool transforms = args.transforms_grad();
   const auto body = [&](Worker& worker, int64_t begin, int64_t end, int64_t, const Unit& unit) {
     worker.take(args, live, begin, end);
@@ -394,11 +267,7 @@ void step_cpu(mb_optim_rule rule, const TensorList& params, const TensorList& gr
     }
   };
   for_each_unit(static_cast<int64_t>(live.size()), plan.units, [] { return Worker(); }, body);
-  for (int64_t model : live) {
-    if (rule != MB_RULE_SGD || mb_sgd_counts_step(args.hyper, args.num_models, model)) {
-      args.step[model * args.step_stride] += 1.0f;
-    }
-  }
+  for (int64_t model : live) count_step(args, model);
   for (const auto& [tensor, copy] : plan.copies) {
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(tensor.get(), copy.get(), 0));
   }
@@ -441,61 +310,45 @@ void adagrad_step_cpu(const TensorList& params, const TensorList& grads, const T
            clip_factor, clip_value);
 }
 
-// ---- statistics of gradients --------------------------------------------------------------------
+// Rules with two states that every model needs.
+template <mb_optim_rule rule>
+void two_state_step_cpu(const TensorList& params, const TensorList& grads, const TensorList& first,
+                        const TensorList& second, const Tensor& step, const Tensor& hyper,
+                        const Maybe& active, const Maybe& nonfinite, const Maybe& inv_scale,
+                        const Maybe& clip_factor, const Maybe& clip_value) {
+  step_cpu(rule, params, grads, {&first, &second}, step, hyper, active, nonfinite, inv_scale,
+           clip_factor, clip_value);
+}
 
-// Elements are added in the order of their indices, whatever their strides: lane by lane within
-// units, unit by unit within tensors, tensor by tensor.
-std::tuple<Tensor, Tensor> grad_stats_cpu(const TensorList& grads) {
-  const GradStatsArgs args = checked_grad_stats_args(grads);
-  std::vector<Gradient> gradients;
-  std::vector<Layout> layouts;
-  Units units;
-  Ints order;
-  for (const StackedTensor& grad : args.grads) {
-    int64_t slice_numel = 1;
-    for (int64_t dim = 1; dim < grad.dims; ++dim) slice_numel *= grad.sizes[dim];
-    units.add(slice_numel);
-    row_major_order(grad, order);
-    gradients.push_back(planned_gradient(grad, order, kBytes[args.dtype], layouts));
-  }
-  const int64_t num_models = args.num_models, count = units.count();
-  std::vector<double> sums(num_models * count);
-  std::vector<int> flags(num_models * count);
-  const mb_optim_sum_squares_fn sum_squares = kernels().sum_squares[args.dtype];
-  const auto body = [&](std::unique_ptr<char[]>& buffer, int64_t begin, int64_t end, int64_t index,
-                        const Unit& unit) {
-    for (int64_t model = begin; model < end; ++model) {
-      const void* grad =
-          dense_gradient(gradients[unit.tensor], layouts, model, unit, args.dtype, buffer);
-      const int64_t at = model * count + index;
-      sums[at] = sum_squares(grad, unit.end - unit.begin, &flags[at]);
-    }
-  };
-  for_each_unit(num_models, units, [] { return std::unique_ptr<char[]>(); }, body);
-  const auto device = grads[0].device();
-  Tensor sq_norm = torch::stable::empty({num_models}, ScalarType::Double, std::nullopt, device);
-  Tensor nonfinite = torch::stable::empty({num_models}, ScalarType::Bool, std::nullopt, device);
-  double* total = static_cast<double*>(sq_norm.mutable_data_ptr());
-  bool* flag = static_cast<bool*>(nonfinite.mutable_data_ptr());
-  for (int64_t model = 0; model < num_models; ++model) {
-    total[model] = 0.0;
-    flag[model] = false;
-    for (int64_t index = model * count; index < (model + 1) * count; ++index) {
-      total[model] += sums[index];
-      flag[model] |= flags[index] != 0;
-    }
-  }
-  return {sq_norm, nonfinite};
+void nadam_step_cpu(const TensorList& params, const TensorList& grads, const TensorList& exp_avgs,
+                    const TensorList& exp_avg_sqs, const Tensor& mu_product, const Tensor& step,
+                    const Tensor& hyper, const Maybe& active, const Maybe& nonfinite,
+                    const Maybe& inv_scale, const Maybe& clip_factor, const Maybe& clip_value) {
+  step_cpu(MB_RULE_NADAM, params, grads, {&exp_avgs, &exp_avg_sqs}, step, hyper, active, nonfinite,
+           inv_scale, clip_factor, clip_value, {&mu_product});
+}
+
+void asgd_step_cpu(const TensorList& params, const TensorList& grads, const TensorList& axs,
+                   const Tensor& eta, const Tensor& mu, const Tensor& step, const Tensor& hyper,
+                   const Maybe& active, const Maybe& nonfinite, const Maybe& inv_scale,
+                   const Maybe& clip_factor, const Maybe& clip_value) {
+  step_cpu(MB_RULE_ASGD, params, grads, {&axs}, step, hyper, active, nonfinite, inv_scale,
+           clip_factor, clip_value, {&eta, &mu});
 }
 
 }  // namespace
 }  // namespace modelbatch
 
 STABLE_TORCH_LIBRARY_IMPL(modelbatch, CPU, m) {
+  m.impl("nadam_step_", TORCH_BOX(&modelbatch::nadam_step_cpu));
+  m.impl("asgd_step_", TORCH_BOX(&modelbatch::asgd_step_cpu));
   m.impl("sgd_step_", TORCH_BOX(&modelbatch::sgd_step_cpu));
   m.impl("adam_step_", TORCH_BOX(&modelbatch::adam_step_cpu<MB_RULE_ADAM>));
   m.impl("adamw_step_", TORCH_BOX(&modelbatch::adam_step_cpu<MB_RULE_ADAMW>));
   m.impl("rmsprop_step_", TORCH_BOX(&modelbatch::rmsprop_step_cpu));
   m.impl("adagrad_step_", TORCH_BOX(&modelbatch::adagrad_step_cpu));
-  m.impl("grad_stats", TORCH_BOX(&modelbatch::grad_stats_cpu));
+  m.impl("adadelta_step_", TORCH_BOX(&modelbatch::two_state_step_cpu<MB_RULE_ADADELTA>));
+  m.impl("adamax_step_", TORCH_BOX(&modelbatch::two_state_step_cpu<MB_RULE_ADAMAX>));
+  m.impl("radam_step_", TORCH_BOX(&modelbatch::two_state_step_cpu<MB_RULE_RADAM>));
+  m.impl("rprop_step_", TORCH_BOX(&modelbatch::two_state_step_cpu<MB_RULE_RPROP>));
 }

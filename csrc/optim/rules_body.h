@@ -13,7 +13,7 @@ typedef struct NAME(mb_grad_transform) {
 } NAME(mb_grad_transform);
 
 MB_HOST_DEVICE static inline NAME(mb_grad_transform)
-    NAME(mb_make_grad_transform)(float inv_scale, float clip_factor, double clip_value) {
+    NAME(mb_make_grad_transform)(float inv_scale, double clip_factor, double clip_value) {
   NAME(mb_grad_transform) t;
   t.inv_scale = (REAL)inv_scale;
   t.clip_factor = (REAL)clip_factor;
@@ -152,6 +152,149 @@ MB_HOST_DEVICE static inline void NAME(mb_adagrad_update)(const NAME(mb_adagrad)
   const REAL total = *sum + g * g;
   *sum = total;
   *param -= c->lr * g / (REAL_SQRT(total) + c->eps);
+}
+
+/* ---- Adadelta ------------------------------------------------------------------------------- */
+
+typedef struct NAME(mb_adadelta) {
+  REAL sign;
+  REAL weight_decay;
+  REAL lr;
+  REAL rho, one_minus_rho;
+  REAL eps;
+} NAME(mb_adadelta);
+
+MB_HOST_DEVICE static inline void NAME(mb_adadelta_update)(const NAME(mb_adadelta) * c, REAL grad,
+                                                           REAL* param, REAL* square_avg,
+                                                           REAL* acc_delta) {
+  const REAL g = NAME(mb_decayed_grad)(c->sign, c->weight_decay, grad, *param);
+  const REAL square = *square_avg * c->rho + c->one_minus_rho * g * g;
+  const REAL delta = REAL_SQRT(*acc_delta + c->eps) / REAL_SQRT(square + c->eps) * g;
+  *square_avg = square;
+  *acc_delta = *acc_delta * c->rho + c->one_minus_rho * delta * delta;
+  *param -= c->lr * delta;
+}
+
+/* ---- Adamax --------------------------------------------------------------------------------- */
+
+typedef struct NAME(mb_adamax) {
+  REAL sign;
+  REAL weight_decay;
+  REAL lerp_weight;
+  REAL beta2;
+  REAL step_size; /* lr / (1 - beta1^step) */
+  REAL eps;
+  int lerp_from_end;
+} NAME(mb_adamax);
+
+MB_HOST_DEVICE static inline void NAME(mb_adamax_update)(const NAME(mb_adamax) * c, REAL grad,
+                                                         REAL* param, REAL* exp_avg,
+                                                         REAL* exp_inf) {
+  const REAL g = NAME(mb_decayed_grad)(c->sign, c->weight_decay, grad, *param);
+  const REAL mean = NAME(mb_lerp)(*exp_avg, g, c->lerp_weight, c->lerp_from_end);
+  const REAL decayed = *exp_inf * c->beta2;
+  const REAL now = (g < 0 ? -g : g) + c->eps;
+  const REAL norm = now > decayed || now != now ? now : decayed; /* NaN wins */
+  *exp_avg = mean;
+  *exp_inf = norm;
+  *param -= c->step_size * mean / norm;
+}
+
+/* ---- RAdam ---------------------------------------------------------------------------------- */
+
+typedef struct NAME(mb_radam) {
+  REAL sign;
+  REAL weight_decay; /* added to the gradient; 0 where decoupled */
+  REAL param_factor;
+  REAL lerp_weight;
+  REAL beta2, one_minus_beta2;
+  REAL step_size; /* lr / (1 - beta1^step) */
+  REAL rectifier; /* times sqrt(1 - beta2^step) */
+  REAL eps;
+  int lerp_from_end;
+  int is_rectified; /* before that the step is that of momentum */
+} NAME(mb_radam);
+
+MB_HOST_DEVICE static inline void NAME(mb_radam_update)(const NAME(mb_radam) * c, REAL grad,
+                                                        REAL* param, REAL* exp_avg,
+                                                        REAL* exp_avg_sq) {
+  const REAL g = NAME(mb_decayed_grad)(c->sign, c->weight_decay, grad, *param);
+  const REAL first = NAME(mb_lerp)(*exp_avg, g, c->lerp_weight, c->lerp_from_end);
+  const REAL second = *exp_avg_sq * c->beta2 + c->one_minus_beta2 * g * g;
+  const REAL step = c->step_size * first;
+  *exp_avg = first;
+  *exp_avg_sq = second;
+  *param = *param * c->param_factor -
+           (c->is_rectified ? step * (c->rectifier / (REAL_SQRT(second) + c->eps)) : step);
+}
+
+/* ---- Rprop ---------------------------------------------------------------------------------- */
+
+typedef struct NAME(mb_rprop) {
+  REAL sign;
+  REAL eta_minus, eta_plus;
+  REAL min_step_size, max_step_size;
+} NAME(mb_rprop);
+
+/* `step_size` begins as the learning rate. A product that is NaN leaves the step size. */
+MB_HOST_DEVICE static inline void NAME(mb_rprop_update)(const NAME(mb_rprop) * c, REAL grad,
+                                                        REAL* param, REAL* prev, REAL* step_size) {
+  const REAL signed_grad = c->sign * grad;
+  const REAL product = signed_grad * *prev;
+  const REAL eta = product > 0 ? c->eta_plus : product < 0 ? c->eta_minus : (REAL)1;
+  const REAL moved = *step_size * eta;
+  const REAL above = moved < c->min_step_size ? c->min_step_size : moved;
+  const REAL size = above > c->max_step_size ? c->max_step_size : above;
+  const REAL g = product < 0 ? (REAL)0 : signed_grad; /* turned round: no step */
+  *step_size = size;
+  *prev = g;
+  *param -= g > 0 ? size : g < 0 ? -size : (REAL)0;
+}
+
+/* ---- NAdam ---------------------------------------------------------------------------------- */
+
+typedef struct NAME(mb_nadam) {
+  REAL sign;
+  REAL weight_decay; /* added to the gradient; 0 where decoupled */
+  REAL param_factor;
+  REAL lerp_weight;
+  REAL beta2, one_minus_beta2;
+  REAL inv_correction2; /* 1 / (1 - beta2^step) */
+  REAL grad_step_size, momentum_step_size;
+  REAL eps;
+  int lerp_from_end;
+} NAME(mb_nadam);
+
+MB_HOST_DEVICE static inline void NAME(mb_nadam_update)(const NAME(mb_nadam) * c, REAL grad,
+                                                        REAL* param, REAL* exp_avg,
+                                                        REAL* exp_avg_sq) {
+  const REAL g = NAME(mb_decayed_grad)(c->sign, c->weight_decay, grad, *param);
+  const REAL first = NAME(mb_lerp)(*exp_avg, g, c->lerp_weight, c->lerp_from_end);
+  const REAL second = *exp_avg_sq * c->beta2 + c->one_minus_beta2 * g * g;
+  const REAL denominator = REAL_SQRT(second * c->inv_correction2) + c->eps;
+  *exp_avg = first;
+  *exp_avg_sq = second;
+  *param = *param * c->param_factor - c->grad_step_size * g / denominator -
+           c->momentum_step_size * first / denominator;
+}
+
+/* ---- ASGD ----------------------------------------------------------------------------------- */
+
+typedef struct NAME(mb_asgd) {
+  REAL sign;
+  REAL weight_decay;
+  REAL param_factor; /* 1 - lambd eta */
+  REAL eta;
+  REAL mu;
+  int is_copied; /* mu = 1: the average becomes the parameter */
+} NAME(mb_asgd);
+
+MB_HOST_DEVICE static inline void NAME(mb_asgd_update)(const NAME(mb_asgd) * c, REAL grad,
+                                                       REAL* param, REAL* ax) {
+  const REAL g = NAME(mb_decayed_grad)(c->sign, c->weight_decay, grad, *param);
+  const REAL p = *param * c->param_factor - c->eta * g;
+  *ax = c->is_copied ? p : *ax + (p - *ax) * c->mu;
+  *param = p;
 }
 
 #undef REAL

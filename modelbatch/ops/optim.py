@@ -9,7 +9,7 @@ Every model has its own options, its own count of steps and may sit out a step:
   every model that it updates (`sgd_step_`: for those of them that have momentum).
 * ``active`` and ``nonfinite``, bool ``[M]``: a model that is not active, or is nonfinite, is left
   alone. Its parameters, gradients and states are not even read, and its step does not count.
-* ``inv_scale`` and ``clip_factor``, float32 ``[M]``: the gradient is multiplied by the one, then by
+* ``inv_scale``, float32, and ``clip_factor``, float64 ``[M]``: the gradient is multiplied by the one, then by
   the other; ``clip_value``, float64 ``[M]``: then it is clamped to ``[-clip_value, clip_value]``.
   The tensors in ``grads`` are not changed.
 
@@ -41,14 +41,30 @@ HYPER_ROWS: dict[str, tuple[str, ...]] = {
     "adamw": ("lr", "beta1", "beta2", "eps", "weight_decay", "amsgrad", "maximize", "decoupled"),
     "rmsprop": ("lr", "alpha", "eps", "weight_decay", "momentum", "centered", "maximize"),
     "adagrad": ("lr", "lr_decay", "eps", "weight_decay", "maximize"),
+    "adadelta": ("lr", "rho", "eps", "weight_decay", "maximize"),
+    "adamax": ("lr", "beta1", "beta2", "eps", "weight_decay", "maximize"),
+    "radam": ("lr", "beta1", "beta2", "eps", "weight_decay", "decoupled", "maximize"),
+    "nadam": (
+        *("lr", "beta1", "beta2", "eps", "weight_decay"),
+        *("momentum_decay", "decoupled", "maximize"),
+    ),
+    "asgd": ("lr", "lambd", "alpha", "t0", "weight_decay", "maximize"),
+    "rprop": ("lr", "etaminus", "etaplus", "step_size_min", "step_size_max", "maximize"),
 }
-"""The rows of ``hyper`` for each rule: `torch.optim`'s options, ``betas`` as two rows."""
+"""The rows of ``hyper`` for each rule: `torch.optim`'s options; ``betas``, ``etas`` and
+``step_sizes`` as two rows each, ``decoupled`` for ``decoupled_weight_decay``."""
 
 _sgd_step_ = torch.ops.modelbatch.sgd_step_.default
 _adam_step_ = torch.ops.modelbatch.adam_step_.default
 _adamw_step_ = torch.ops.modelbatch.adamw_step_.default
 _rmsprop_step_ = torch.ops.modelbatch.rmsprop_step_.default
 _adagrad_step_ = torch.ops.modelbatch.adagrad_step_.default
+_adadelta_step_ = torch.ops.modelbatch.adadelta_step_.default
+_adamax_step_ = torch.ops.modelbatch.adamax_step_.default
+_radam_step_ = torch.ops.modelbatch.radam_step_.default
+_rprop_step_ = torch.ops.modelbatch.rprop_step_.default
+_nadam_step_ = torch.ops.modelbatch.nadam_step_.default
+_asgd_step_ = torch.ops.modelbatch.asgd_step_.default
 _grad_stats = torch.ops.modelbatch.grad_stats.default
 
 
@@ -78,7 +94,7 @@ def sgd_step_(
         active: bool ``[M]``, see above, as for the other four.
         nonfinite: bool ``[M]``.
         inv_scale: float32 ``[M]``.
-        clip_factor: float32 ``[M]``.
+        clip_factor: float64 ``[M]``.
         clip_value: float64 ``[M]``.
 
     Raises:
@@ -117,7 +133,7 @@ def adam_step_(
         active: bool ``[M]``, see above, as for the other four.
         nonfinite: bool ``[M]``.
         inv_scale: float32 ``[M]``.
-        clip_factor: float32 ``[M]``.
+        clip_factor: float64 ``[M]``.
         clip_value: float64 ``[M]``.
 
     Raises:
@@ -182,7 +198,7 @@ def rmsprop_step_(
         active: bool ``[M]``, see above, as for the other four.
         nonfinite: bool ``[M]``.
         inv_scale: float32 ``[M]``.
-        clip_factor: float32 ``[M]``.
+        clip_factor: float64 ``[M]``.
         clip_value: float64 ``[M]``.
 
     Raises:
@@ -217,7 +233,7 @@ def adagrad_step_(
         active: bool ``[M]``, see above, as for the other four.
         nonfinite: bool ``[M]``.
         inv_scale: float32 ``[M]``.
-        clip_factor: float32 ``[M]``.
+        clip_factor: float64 ``[M]``.
         clip_value: float64 ``[M]``.
 
     Raises:
@@ -225,6 +241,209 @@ def adagrad_step_(
     """
     common = (active, nonfinite, inv_scale, clip_factor, clip_value)
     _adagrad_step_(params, grads, sums, step, hyper, *common)
+    increment_version(params)
+
+
+def adadelta_step_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    square_avgs: Sequence[Tensor],
+    acc_deltas: Sequence[Tensor],
+    step: Tensor,
+    hyper: Tensor,
+    active: Tensor | None = None,
+    nonfinite: Tensor | None = None,
+    inv_scale: Tensor | None = None,
+    clip_factor: Tensor | None = None,
+    clip_value: Tensor | None = None,
+) -> None:
+    """A step of `torch.optim.Adadelta` for every model.
+
+    Args:
+        params: the parameters ``[M, ...]``, changed in place.
+        grads: their gradients.
+        square_avgs: the mean squares of the gradients, one per parameter.
+        acc_deltas: the mean squares of the updates, one per parameter.
+        step: float32 ``[M]``.
+        hyper: float64 ``[5, M]``, rows `HYPER_ROWS` ``["adadelta"]``.
+        active: bool ``[M]``, see above, as for the other four.
+        nonfinite: bool ``[M]``.
+        inv_scale: float32 ``[M]``.
+        clip_factor: float64 ``[M]``.
+        clip_value: float64 ``[M]``.
+    """
+    common = (active, nonfinite, inv_scale, clip_factor, clip_value)
+    _adadelta_step_(params, grads, square_avgs, acc_deltas, step, hyper, *common)
+    increment_version(params)
+
+
+def adamax_step_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_infs: Sequence[Tensor],
+    step: Tensor,
+    hyper: Tensor,
+    active: Tensor | None = None,
+    nonfinite: Tensor | None = None,
+    inv_scale: Tensor | None = None,
+    clip_factor: Tensor | None = None,
+    clip_value: Tensor | None = None,
+) -> None:
+    """A step of `torch.optim.Adamax` for every model.
+
+    Args:
+        params: the parameters ``[M, ...]``, changed in place.
+        grads: their gradients.
+        exp_avgs: the first moments, one per parameter.
+        exp_infs: the infinity norms, one per parameter.
+        step: float32 ``[M]``.
+        hyper: float64 ``[6, M]``, rows `HYPER_ROWS` ``["adamax"]``.
+        active: bool ``[M]``, see above, as for the other four.
+        nonfinite: bool ``[M]``.
+        inv_scale: float32 ``[M]``.
+        clip_factor: float64 ``[M]``.
+        clip_value: float64 ``[M]``.
+    """
+    common = (active, nonfinite, inv_scale, clip_factor, clip_value)
+    _adamax_step_(params, grads, exp_avgs, exp_infs, step, hyper, *common)
+    increment_version(params)
+
+
+def radam_step_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    step: Tensor,
+    hyper: Tensor,
+    active: Tensor | None = None,
+    nonfinite: Tensor | None = None,
+    inv_scale: Tensor | None = None,
+    clip_factor: Tensor | None = None,
+    clip_value: Tensor | None = None,
+) -> None:
+    """A step of `torch.optim.RAdam` for every model.
+
+    Args:
+        params: the parameters ``[M, ...]``, changed in place.
+        grads: their gradients.
+        exp_avgs: the first moments, one per parameter.
+        exp_avg_sqs: the second moments, one per parameter.
+        step: float32 ``[M]``.
+        hyper: float64 ``[7, M]``, rows `HYPER_ROWS` ``["radam"]``.
+        active: bool ``[M]``, see above, as for the other four.
+        nonfinite: bool ``[M]``.
+        inv_scale: float32 ``[M]``.
+        clip_factor: float64 ``[M]``.
+        clip_value: float64 ``[M]``.
+    """
+    common = (active, nonfinite, inv_scale, clip_factor, clip_value)
+    _radam_step_(params, grads, exp_avgs, exp_avg_sqs, step, hyper, *common)
+    increment_version(params)
+
+
+def rprop_step_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    prevs: Sequence[Tensor],
+    step_sizes: Sequence[Tensor],
+    step: Tensor,
+    hyper: Tensor,
+    active: Tensor | None = None,
+    nonfinite: Tensor | None = None,
+    inv_scale: Tensor | None = None,
+    clip_factor: Tensor | None = None,
+    clip_value: Tensor | None = None,
+) -> None:
+    """A step of `torch.optim.Rprop` for every model.
+
+    Args:
+        params: the parameters ``[M, ...]``, changed in place.
+        grads: their gradients.
+        prevs: the previous gradients, one per parameter.
+        step_sizes: the step sizes, one per parameter, filled with each model's ``lr`` before the
+            first step. The row ``lr`` itself is not read.
+        step: float32 ``[M]``.
+        hyper: float64 ``[6, M]``, rows `HYPER_ROWS` ``["rprop"]``.
+        active: bool ``[M]``, see above, as for the other four.
+        nonfinite: bool ``[M]``.
+        inv_scale: float32 ``[M]``.
+        clip_factor: float64 ``[M]``.
+        clip_value: float64 ``[M]``.
+    """
+    common = (active, nonfinite, inv_scale, clip_factor, clip_value)
+    _rprop_step_(params, grads, prevs, step_sizes, step, hyper, *common)
+    increment_version(params)
+
+
+def nadam_step_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    mu_product: Tensor,
+    step: Tensor,
+    hyper: Tensor,
+    active: Tensor | None = None,
+    nonfinite: Tensor | None = None,
+    inv_scale: Tensor | None = None,
+    clip_factor: Tensor | None = None,
+    clip_value: Tensor | None = None,
+) -> None:
+    """A step of `torch.optim.NAdam` for every model.
+
+    Args:
+        params: the parameters ``[M, ...]``, changed in place.
+        grads: their gradients.
+        exp_avgs: the first moments, one per parameter.
+        exp_avg_sqs: the second moments, one per parameter.
+        mu_product: float32 ``[M]`` and contiguous, 1 before the first step; changed in place.
+        step: float32 ``[M]``.
+        hyper: float64 ``[8, M]``, rows `HYPER_ROWS` ``["nadam"]``.
+        active: bool ``[M]``, see above, as for the other four.
+        nonfinite: bool ``[M]``.
+        inv_scale: float32 ``[M]``.
+        clip_factor: float64 ``[M]``.
+        clip_value: float64 ``[M]``.
+    """
+    common = (active, nonfinite, inv_scale, clip_factor, clip_value)
+    _nadam_step_(params, grads, exp_avgs, exp_avg_sqs, mu_product, step, hyper, *common)
+    increment_version(params)
+
+
+def asgd_step_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    axs: Sequence[Tensor],
+    eta: Tensor,
+    mu: Tensor,
+    step: Tensor,
+    hyper: Tensor,
+    active: Tensor | None = None,
+    nonfinite: Tensor | None = None,
+    inv_scale: Tensor | None = None,
+    clip_factor: Tensor | None = None,
+    clip_value: Tensor | None = None,
+) -> None:
+    """A step of `torch.optim.ASGD` for every model.
+
+    Args:
+        params: the parameters ``[M, ...]``, changed in place.
+        grads: their gradients.
+        axs: the averages, one per parameter.
+        eta: float32 ``[M]`` and contiguous, ``lr`` before the first step; changed in place.
+        mu: float32 ``[M]`` and contiguous, 1 before the first step; changed in place.
+        step: float32 ``[M]``.
+        hyper: float64 ``[6, M]``, rows `HYPER_ROWS` ``["asgd"]``.
+        active: bool ``[M]``, see above, as for the other four.
+        nonfinite: bool ``[M]``.
+        inv_scale: float32 ``[M]``.
+        clip_factor: float64 ``[M]``.
+        clip_value: float64 ``[M]``.
+    """
+    common = (active, nonfinite, inv_scale, clip_factor, clip_value)
+    _asgd_step_(params, grads, axs, eta, mu, step, hyper, *common)
     increment_version(params)
 
 

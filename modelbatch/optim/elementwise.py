@@ -136,18 +136,20 @@ class ElementwiseStep:
         return list(coefficients), torch.stack(columns, 1)
 
     def _read_options(self, groups: list[dict[str, Any]]) -> dict[str, Tensor] | None:
-        """The options as they are now; None where torch would compute less exactly with them."""
+        """The options as they are now; None where torch would compute otherwise with them."""
         values = [self._read(group) for group in groups]
         rates = [row[0] for row in values if isinstance(row[0], Tensor)]
-        # A tensor equal to the float that was there may not be equal to it in double precision.
+        # A tensor equal to the float that was there may not be equal to it in double precision,
+        # and it may have another value at the next step and still be the same.
         if not rates and values == self._values:
             return self._options
         # With a rate in single precision torch computes the coefficients in single precision too.
         dtype = self._views.stacked[0].dtype
         if any(torch.promote_types(rate.dtype, dtype) != rate.dtype for rate in rates):
             return None
-        # A tensor may have another value at the next step and still be the same.
-        self._values = None if _any_tensor(values) else values
+        if _any_tensor(row[1:] if isinstance(row[0], Tensor) else row for row in values):
+            return None
+        self._values = values
         self._options = {}
         for name, column in zip((*self._rule.options, "maximize"), zip(*values), strict=True):
             if isinstance(column[0], (tuple, list)):

@@ -280,7 +280,8 @@ class BundleGradScaler(torch.amp.GradScaler):
         new_scale = torch.where(due & torch.isfinite(grown), grown, scale)
         new_scale = torch.where(overflow, backed_off, new_scale)
         new_tracker = torch.where(overflow | due, 0, steps).to(tracker.dtype)
-        taking_part = [any(flags) for flags in zip(*(state["active"] for state in states))]
+        flags = [state["active"] for state in states]
+        taking_part = flags[0] if len(flags) == 1 else [any(own) for own in zip(*flags)]
         if not all(taking_part):
             mine = self._flags(taking_part, scale.device)
             new_scale = torch.where(mine, new_scale, scale)

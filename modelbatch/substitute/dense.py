@@ -130,11 +130,13 @@ def linear(call: Call, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
         owners = (None, None)
     if xs.dtype != w.dtype or (b is not None and b.dtype != w.dtype):
         return NotImplemented
-    rows = x.shape[:-1].numel()
-    if own_input:
-        flat = xs.reshape(call.num_models, rows, w.shape[2])
+    is_matrix = x.dim() == 2  # then nothing has to be reshaped, which would cost graph nodes
+    rows = 0 if is_matrix else x.shape[:-1].numel()
+    if not own_input:
+        flat = xs if is_matrix else xs.reshape(rows, w.shape[2])
+        flat = flat.expand(call.num_models, -1, -1)
     else:
-        flat = xs.reshape(1, rows, w.shape[2]).expand(call.num_models, -1, -1)
+        flat = xs if is_matrix else xs.reshape(call.num_models, rows, w.shape[2])
     memory = call.grad_memory
     with call.lowered():
         if dtype is None:
@@ -142,7 +144,7 @@ def linear(call: Call, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
         else:
             with torch.autocast(xs.device.type, enabled=False):
                 out = StackedLinear.apply(flat, w, b, memory, owners)
-    return call.wrap(out.view(call.num_models, *x.shape[:-1], w.shape[1]))
+    return call.wrap(out if is_matrix else out.view(call.num_models, *x.shape[:-1], w.shape[1]))
 
 
 def _arguments(

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch._C._functorch as functorch
 from torch import Tensor
-from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
@@ -50,6 +49,18 @@ class NeedsBatchedFactories(Exception):
 
 class Refused(BatchingError):
     """A refusal that running the models one by one would not cure."""
+
+
+class _Lowered:
+    """The innermost functorch level out of the way; it is always the models' vmap level."""
+
+    __slots__ = ("level",)
+
+    def __enter__(self) -> None:
+        self.level = functorch.pop_dynamic_layer_stack()
+
+    def __exit__(self, *exc_info: Any) -> None:
+        functorch.push_dynamic_layer_stack(self.level)
 
 
 class Call(TorchFunctionMode):
@@ -106,11 +117,17 @@ class Call(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         rule = self.rules.get(func)
-        if rule is None and not self.careful:
-            try:
-                return func(*args, **kwargs) if kwargs else func(*args)
-            except RuntimeError as error:
-                return self.loop_over(func, args, kwargs or {}, error)
+        if not self.careful:
+            if rule is None:
+                try:
+                    return func(*args, **kwargs) if kwargs else func(*args)
+                except RuntimeError as error:
+                    return self.loop_over(func, args, kwargs or {}, error)
+            if self.level is not None and functorch.maybe_current_level() == self.level:
+                result = rule(self, func, args, kwargs or {})
+                if result is not NotImplemented:
+                    return result
+                return self._default(func, args, kwargs or {})
         return self._handle(rule, func, args, kwargs or {})
 
     def _handle(
@@ -205,7 +222,7 @@ class Call(TorchFunctionMode):
         """A context in which the models' vmap level is out of the way, for physical tensors."""
         if self.level is None:
             return contextlib.nullcontext()
-        return retrieve_current_functorch_interpreter().lower()
+        return _Lowered()
 
     def column(self, values: Any, like_dim: int, dtype: torch.dtype) -> Any:
         """A number for each model as `[M, 1, ...]`, of `like_dim` dimensions."""

@@ -47,11 +47,16 @@ def test_one_cycle_momentum(hand_made, regression):
     assert optimizer.param_groups[0]["betas"][0] != 0.9
 
 
-def test_hooks_run_once(hand_made, regression):
+class OwnAdam(optim.Adam):
+    """Somebody's own class, stepped model by model."""
+
+
+@pytest.mark.parametrize("optimizer_cls", [optim.Adam, optim.NAdam, OwnAdam])
+def test_hooks_run_once(optimizer_cls, hand_made, regression):
     bundle, loss = hand_made(), regression()
     # torch wraps the step of a class when the first of its kind is built.
-    optim.Adam([nn.Parameter(torch.zeros(1))])
-    optimizer = bundle.optimizer(optim.Adam, [{}] * 3)
+    optimizer_cls([nn.Parameter(torch.zeros(1))])
+    optimizer = bundle.optimizer(optimizer_cls, [{}] * 3)
     seen = []
 
     def before(opt, args, kwargs):
@@ -62,10 +67,11 @@ def test_hooks_run_once(hand_made, regression):
     optimizer.register_step_post_hook(lambda opt, args, kwargs: seen.append("after"))
     handle = register_optimizer_step_post_hook(lambda opt, args, kwargs: seen.append("global"))
     try:
-        bundle.step(optimizer, loss)
+        for _ in range(2):
+            bundle.step(optimizer, loss)
     finally:
         handle.remove()
-    assert seen == [("before", True), "after", "global"]
+    assert seen == [("before", True), "after", "global"] * 2
 
 
 def overflowing(bundle, loss, step):
@@ -81,7 +87,14 @@ def overflowing(bundle, loss, step):
 @pytest.mark.parametrize("unscale_first", [False, True])
 @pytest.mark.parametrize(
     ("optimizer_cls", "options"),
-    [(optim.Adam, {}), (optim.Adam, {"fused": True}), (optim.SGD, {"lr": 0.1}), (optim.Rprop, {})],
+    [
+        (optim.Adam, {}),
+        (optim.Adam, {"fused": True}),
+        (optim.SGD, {"lr": 0.1}),
+        (optim.NAdam, {}),
+        (optim.Rprop, {}),
+        (OwnAdam, {}),
+    ],
 )
 def test_grad_scaler_skips_the_overflowing_model_alone(
     optimizer_cls, options, unscale_first, hand_made, regression
@@ -340,13 +353,15 @@ def test_clipping_what_a_closure_computes(optimizer_cls, hand_made):
     assert bundle.worst_error() <= 1e-12
 
 
-def test_autograd_sees_that_parameters_changed(hand_made, regression):
+@pytest.mark.parametrize("optimizer_cls", [optim.Adam, optim.NAdam, OwnAdam])
+def test_autograd_sees_that_parameters_changed(optimizer_cls, hand_made, regression):
     bundle, loss = hand_made(), regression()
-    optimizer = bundle.optimizer(optim.Adam, [{}] * 3)
-    total = bundle.stacked["0.weight"].square().sum()
-    bundle.step(optimizer, loss)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        total.backward()
+    optimizer = bundle.optimizer(optimizer_cls, [{}] * 3)
+    for _ in range(2):
+        total = bundle.stacked["0.weight"].square().sum()
+        bundle.step(optimizer, loss)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            total.backward()
 
 
 def test_the_class_looks_like_torchs(hand_made):
