@@ -59,8 +59,9 @@ COMMON_FLAGS = ["-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trappin
 COMMON_FLAGS += ["-Wall", "-Wextra"]
 # Extra flags of a family. A product and a sum may fuse wherever the processor can, except where the
 # results must not depend on the processor.
-FAMILY_FLAGS = {"random": ["-ffp-contract=off"], "optim": ["-ffp-contract=off"]}
-FAMILY_NVCC_FLAGS = {"random": ["-fmad=false"], "optim": ["-fmad=false"]}
+SAME_EVERYWHERE = ("loss", "optim", "pointwise", "random")
+FAMILY_FLAGS = dict.fromkeys(SAME_EVERYWHERE, ["-ffp-contract=off"])
+FAMILY_NVCC_FLAGS = dict.fromkeys(SAME_EVERYWHERE, ["-fmad=false"])
 DEFAULT_FAMILY_FLAGS = ["-ffp-contract=fast"]
 ISA_FLAGS = {
     "baseline": [],

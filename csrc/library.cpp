@@ -35,6 +35,9 @@ STABLE_TORCH_LIBRARY(modelbatch, m) {
       "cross_entropy(Tensor logits, Tensor target, int ignore_index, bool need_slope) "
       "-> (Tensor, Tensor)");
 
+  // pointwise: float32 of any shape; the result is contiguous.
+  m.def("tanh(Tensor input) -> Tensor");
+
   // norm: batch normalisation with every model's own batch statistics. input [M, B, C, *S], weight
   // and bias [M, C], eps float64 [M]; mean and (biased) var are [M, C] in the accumulation dtype.
   m.def(
@@ -48,8 +51,8 @@ STABLE_TORCH_LIBRARY(modelbatch, m) {
   // optim: one step of every model's own optimizer, in place. Parameters, gradients and states are
   // lists of [M, ...]; a list of states that no model needs is empty. step is float32 [M]; hyper
   // float64 [K, M], its rows as in csrc/optim/optim.h. Models that are not active or nonfinite
-  // (bool [M]) are left alone. The gradient is used times inv_scale times clip_factor (float32
-  // [M]), then clamped to +-clip_value (float64 [M]).
+  // (bool [M]) are left alone. The gradient is used times inv_scale (float32 [M]) times
+  // clip_factor, then clamped to +-clip_value (both float64 [M]).
 #define MB_OPTIM_COMMON                                                                 \
   "Tensor hyper, Tensor? active=None, Tensor? nonfinite=None, Tensor? inv_scale=None, " \
   "Tensor? clip_factor=None, Tensor? clip_value=None) -> ()"

@@ -124,7 +124,9 @@ struct OptimArgs {
   float* step = nullptr;
   int64_t step_stride = 1;
   const double* hyper = nullptr;
+  // Of each further number per model one of the two is there: torch has some in double precision.
   std::array<float*, MB_OPTIM_MAX_SCALARS> scalars{};
+  std::array<double*, MB_OPTIM_MAX_SCALARS> wide_scalars{};
   // [M], contiguous; nullptr where absent.
   const bool* active = nullptr;
   const bool* nonfinite = nullptr;
@@ -239,13 +241,14 @@ inline void check_distinct(const OptimArgs& args) {
 // ---- the checks ---------------------------------------------------------------------------------
 
 // `states` are the operator's state lists and `scalars` its further numbers per model, in the order
-// of the rule's.
+// of the rule's, float32 or, if they may be wide, all of them float64.
 inline OptimArgs checked_optim_args(
     mb_optim_rule rule_id, const TensorList& params, const TensorList& grads,
     std::initializer_list<const TensorList*> states, const Tensor& step, const Tensor& hyper,
     const std::optional<Tensor>& active, const std::optional<Tensor>& nonfinite,
     const std::optional<Tensor>& inv_scale, const std::optional<Tensor>& clip_factor,
-    const std::optional<Tensor>& clip_value, std::initializer_list<const Tensor*> scalars = {}) {
+    const std::optional<Tensor>& clip_value, std::initializer_list<const Tensor*> scalars = {},
+    bool may_be_wide = false) {
   const OptimRule& rule = kOptimRules[rule_id];
   const char* op = rule.op;
   OptimArgs args;
@@ -278,8 +281,13 @@ inline OptimArgs checked_optim_args(
   for (const Tensor* tensor : scalars) {
     const char* name = rule.scalars[scalar];
     MB_CHECK(tensor->is_contiguous(), "modelbatch::", op, ": ", name, " must be contiguous");
-    args.scalars[scalar++] = const_cast<float*>(
-        checked_vector<float>(*tensor, name, ScalarType::Float, "float32", kind, args));
+    if (may_be_wide && (*scalars.begin())->scalar_type() == ScalarType::Double) {
+      args.wide_scalars[scalar++] = const_cast<double*>(checked_vector<double>(
+          *tensor, name, ScalarType::Double, "float64 as the first", kind, args));
+    } else {
+      args.scalars[scalar++] = const_cast<float*>(
+          checked_vector<float>(*tensor, name, ScalarType::Float, "float32", kind, args));
+    }
   }
 
   const size_t count = params.size();

@@ -20,57 +20,107 @@ struct RmsProp;
 template <class Real>
 struct Adagrad;
 template <class Real>
+struct Adadelta;
+template <class Real>
+struct Adamax;
+template <class Real>
+struct RAdam;
+template <class Real>
+struct Rprop;
+template <class Real>
+struct NAdam;
+template <class Real>
+struct Asgd;
+template <class Real>
 struct GradTransform;
 
-// The states of a rule: how many, and which of them a model uses.
+// Of each rule: what its coefficients depend on besides hyper; how many states it has, and which of
+// them a model uses.
+#define MB_SGD_STEP step
 #define MB_SGD_STATES 1
 #define MB_SGD_USES(c, state) ((c).has_momentum != 0)
 #define MB_SGD_POINTERS(s) (s)
+#define MB_ADAM_STEP step
 #define MB_ADAM_STATES 3
 #define MB_ADAM_USES(c, state) ((state) < 2 || (c).amsgrad != 0)
 #define MB_ADAM_POINTERS(s) (s), (s) + 1, (s) + 2
+#define MB_RMSPROP_STEP step
 #define MB_RMSPROP_STATES 3
 #define MB_RMSPROP_USES(c, state) \
   ((state) == 0 || ((state) == 1 ? (c).centered != 0 : (c).has_momentum != 0))
 #define MB_RMSPROP_POINTERS(s) (s), (s) + 1, (s) + 2
+#define MB_ADAGRAD_STEP step
 #define MB_ADAGRAD_STATES 1
 #define MB_ADAGRAD_USES(c, state) true
 #define MB_ADAGRAD_POINTERS(s) (s)
+#define MB_ADADELTA_STEP step
+#define MB_ADADELTA_STATES 2
+#define MB_ADADELTA_USES(c, state) true
+#define MB_ADADELTA_POINTERS(s) (s), (s) + 1
+#define MB_ADAMAX_STEP step
+#define MB_ADAMAX_STATES 2
+#define MB_ADAMAX_USES(c, state) true
+#define MB_ADAMAX_POINTERS(s) (s), (s) + 1
+#define MB_RADAM_STEP step
+#define MB_RADAM_STATES 2
+#define MB_RADAM_USES(c, state) true
+#define MB_RADAM_POINTERS(s) (s), (s) + 1
+#define MB_RPROP_STEP step
+#define MB_RPROP_STATES 2
+#define MB_RPROP_USES(c, state) true
+#define MB_RPROP_POINTERS(s) (s), (s) + 1
+
+#define MB_NADAM_STEP step, models.scalars[0][model]
+#define MB_NADAM_STATES 2
+#define MB_NADAM_USES(c, state) true
+#define MB_NADAM_POINTERS(s) (s), (s) + 1
+#define MB_ASGD_STEP models.scalars[0][model], models.scalars[1][model]
+#define MB_ASGD_STATES 1
+#define MB_ASGD_USES(c, state) true
+#define MB_ASGD_POINTERS(s) (s)
 
 // `rule` has the coefficients of its own name and the rest of `base`'s, as AdamW has of Adam.
-#define MB_DEFINE_RULE(Name, rule, base, BASE, Real, suffix)                                       \
-  template <>                                                                                      \
-  struct Name<Real> {                                                                              \
-    using coefficients = mb_##base##_##suffix;                                                     \
-    static constexpr int kStates = MB_##BASE##_STATES;                                             \
-    __device__ static coefficients make(const double* hyper, int64_t num_models, int64_t model,    \
-                                        double step) {                                             \
-      return mb_##base##_round_##suffix(mb_##rule##_coefficients(hyper, num_models, model, step)); \
-    }                                                                                              \
-    __device__ static bool uses(const coefficients& c, int state) {                                \
-      (void)c, (void)state;                                                                        \
-      return MB_##BASE##_USES(c, state);                                                           \
-    }                                                                                              \
-    __device__ static void update(const coefficients& c, Real grad, Real* param, Real* s) {        \
-      mb_##base##_update_##suffix(&c, grad, param, MB_##BASE##_POINTERS(s));                       \
-    }                                                                                              \
+#define MB_DEFINE_RULE(Name, rule, base, BASE, Real, suffix)                                   \
+  template <>                                                                                  \
+  struct Name<Real> {                                                                          \
+    using coefficients = mb_##base##_##suffix;                                                 \
+    static constexpr int kStates = MB_##BASE##_STATES;                                         \
+    __device__ static coefficients make(const mb_optim_cuda_models& models, int64_t model,     \
+                                        double step) {                                         \
+      (void)step;                                                                              \
+      return mb_##base##_round_##suffix(                                                       \
+          mb_##rule##_coefficients(models.hyper, models.num_models, model, MB_##BASE##_STEP)); \
+    }                                                                                          \
+    __device__ static bool uses(const coefficients& c, int state) {                            \
+      (void)c, (void)state;                                                                    \
+      return MB_##BASE##_USES(c, state);                                                       \
+    }                                                                                          \
+    __device__ static void update(const coefficients& c, Real grad, Real* param, Real* s) {    \
+      mb_##base##_update_##suffix(&c, grad, param, MB_##BASE##_POINTERS(s));                   \
+    }                                                                                          \
   };
 
-#define MB_DEFINE_RULES(Real, suffix)                                                    \
-  MB_DEFINE_RULE(Sgd, sgd, sgd, SGD, Real, suffix)                                       \
-  MB_DEFINE_RULE(Adam, adam, adam, ADAM, Real, suffix)                                   \
-  MB_DEFINE_RULE(AdamW, adamw, adam, ADAM, Real, suffix)                                 \
-  MB_DEFINE_RULE(RmsProp, rmsprop, rmsprop, RMSPROP, Real, suffix)                       \
-  MB_DEFINE_RULE(Adagrad, adagrad, adagrad, ADAGRAD, Real, suffix)                       \
-  template <>                                                                            \
-  struct GradTransform<Real> {                                                           \
-    using type = mb_grad_transform_##suffix;                                             \
-    __device__ static type make(float inv_scale, float clip_factor, double clip_value) { \
-      return mb_make_grad_transform_##suffix(inv_scale, clip_factor, clip_value);        \
-    }                                                                                    \
-    __device__ static Real apply(const type& t, Real grad) {                             \
-      return mb_transform_grad_##suffix(&t, grad);                                       \
-    }                                                                                    \
+#define MB_DEFINE_RULES(Real, suffix)                                                     \
+  MB_DEFINE_RULE(Sgd, sgd, sgd, SGD, Real, suffix)                                        \
+  MB_DEFINE_RULE(Adam, adam, adam, ADAM, Real, suffix)                                    \
+  MB_DEFINE_RULE(AdamW, adamw, adam, ADAM, Real, suffix)                                  \
+  MB_DEFINE_RULE(RmsProp, rmsprop, rmsprop, RMSPROP, Real, suffix)                        \
+  MB_DEFINE_RULE(Adagrad, adagrad, adagrad, ADAGRAD, Real, suffix)                        \
+  MB_DEFINE_RULE(Adadelta, adadelta, adadelta, ADADELTA, Real, suffix)                    \
+  MB_DEFINE_RULE(Adamax, adamax, adamax, ADAMAX, Real, suffix)                            \
+  MB_DEFINE_RULE(RAdam, radam, radam, RADAM, Real, suffix)                                \
+  MB_DEFINE_RULE(Rprop, rprop, rprop, RPROP, Real, suffix)                                \
+  MB_DEFINE_RULE(NAdam, nadam, nadam, NADAM, Real, suffix)                                \
+  MB_DEFINE_RULE(Asgd, asgd, asgd, ASGD, Real, suffix)                                    \
+  template <>                                                                             \
+  struct GradTransform<Real> {                                                            \
+    using type = mb_grad_transform_##suffix;                                              \
+    __device__ static type make(float inv_scale, double clip_factor, double clip_value) { \
+      return mb_make_grad_transform_##suffix(inv_scale, clip_factor, clip_value);         \
+    }                                                                                     \
+    __device__ static Real apply(const type& t, Real grad) {                              \
+      return mb_transform_grad_##suffix(&t, grad);                                        \
+    }                                                                                     \
   };
 
 MB_DEFINE_RULES(float, f32)
@@ -95,10 +145,10 @@ __device__ inline Prologue<Rule, Real> prologue_of(const mb_optim_cuda_models& m
                                                    int64_t model) {
   Prologue<Rule, Real> prologue;
   const double step = (double)(models.step[model * models.step_stride] + 1.0f);
-  prologue.coefficients = Rule::make(models.hyper, models.num_models, model, step);
+  prologue.coefficients = Rule::make(models, model, step);
   prologue.transform = GradTransform<Real>::make(
       models.inv_scale == nullptr ? 1.0f : models.inv_scale[model],
-      models.clip_factor == nullptr ? 1.0f : models.clip_factor[model],
+      models.clip_factor == nullptr ? 1.0 : models.clip_factor[model],
       models.clip_value == nullptr ? (double)INFINITY : models.clip_value[model]);
   return prologue;
 }
@@ -169,11 +219,21 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // A kernel of its own, because the blocks of a step read what this one writes.
-__global__ void count_kernel(const __grid_constant__ mb_optim_cuda_models models, bool is_sgd) {
+__global__ void count_kernel(const __grid_constant__ mb_optim_cuda_models models, int rule) {
   const int64_t model = (int64_t)blockIdx.x * kThreads + threadIdx.x;
-  if (model >= models.num_models || is_skipped(models, model)) return;
-  if (is_sgd && !mb_sgd_counts_step(models.hyper, models.num_models, model)) return;
-  models.step[model * models.step_stride] += 1.0f;
+  const int64_t num_models = models.num_models;
+  if (model >= num_models || is_skipped(models, model)) return;
+  if (rule == MB_RULE_SGD && !mb_sgd_counts_step(models.hyper, num_models, model)) return;
+  const float counted = models.step[model * models.step_stride] + 1.0f;
+  models.step[model * models.step_stride] = counted;
+  const double step = (double)counted;
+  if (rule == MB_RULE_NADAM) {
+    float* product = models.scalars[0] + model;
+    *product = mb_nadam_mu_product(models.hyper, num_models, model, step, *product);
+  } else if (rule == MB_RULE_ASGD) {
+    models.scalars[0][model] = mb_asgd_next_eta(models.hyper, num_models, model, step);
+    models.scalars[1][model] = mb_asgd_next_mu(models.hyper, num_models, model, step);
+  }
 }
 
 // ---- launchers ----------------------------------------------------------------------------------
@@ -220,6 +280,18 @@ cudaError_t launch_steps_of_rule(int rule, int dtype, const mb_optim_cuda_models
       return launch_steps_of_dtype<RmsProp>(dtype, models, tensors, num_tensors, stream);
     case MB_RULE_ADAGRAD:
       return launch_steps_of_dtype<Adagrad>(dtype, models, tensors, num_tensors, stream);
+    case MB_RULE_ADADELTA:
+      return launch_steps_of_dtype<Adadelta>(dtype, models, tensors, num_tensors, stream);
+    case MB_RULE_ADAMAX:
+      return launch_steps_of_dtype<Adamax>(dtype, models, tensors, num_tensors, stream);
+    case MB_RULE_RADAM:
+      return launch_steps_of_dtype<RAdam>(dtype, models, tensors, num_tensors, stream);
+    case MB_RULE_RPROP:
+      return launch_steps_of_dtype<Rprop>(dtype, models, tensors, num_tensors, stream);
+    case MB_RULE_NADAM:
+      return launch_steps_of_dtype<NAdam>(dtype, models, tensors, num_tensors, stream);
+    case MB_RULE_ASGD:
+      return launch_steps_of_dtype<Asgd>(dtype, models, tensors, num_tensors, stream);
     default:
       return cudaErrorInvalidValue;
   }
@@ -236,5 +308,5 @@ extern "C" cudaError_t mb_optim_step_cuda(int rule, int dtype, const mb_optim_cu
       launch_steps_of_rule(rule, dtype, *models, tensors, num_tensors, stream);
   if (error != cudaSuccess) return error;
   return MB_CUDA_LAUNCH(count_kernel, dim3((unsigned)divide_up(models->num_models, kThreads)),
-                        dim3(kThreads), stream, *models, rule == MB_RULE_SGD);
+                        dim3(kThreads), stream, *models, rule);
 }

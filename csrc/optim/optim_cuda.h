@@ -41,11 +41,12 @@ typedef struct mb_optim_cuda_models {
   int64_t num_models; /* M, positive */
   float* step;        /* [M], counted up */
   int64_t step_stride;
-  const double* hyper;   /* [K, M] */
-  const uint8_t* active; /* [M] */
+  const double* hyper;                  /* [K, M] */
+  float* scalars[MB_OPTIM_MAX_SCALARS]; /* [M] each, changed; NULL where the rule has none */
+  const uint8_t* active;                /* [M] */
   const uint8_t* nonfinite;
   const float* inv_scale;
-  const float* clip_factor;
+  const double* clip_factor;
   const double* clip_value;
 } mb_optim_cuda_models;
 

@@ -60,9 +60,10 @@ Tensor describe_copy(const Tensor& grad, const Ints& order, mb_optim_cuda_tensor
 void step_cuda(mb_optim_rule rule, const TensorList& params, const TensorList& grads,
                std::initializer_list<const TensorList*> states, const Tensor& step,
                const Tensor& hyper, const Maybe& active, const Maybe& nonfinite,
-               const Maybe& inv_scale, const Maybe& clip_factor, const Maybe& clip_value) {
+               const Maybe& inv_scale, const Maybe& clip_factor, const Maybe& clip_value,
+               std::initializer_list<const Tensor*> scalars = {}) {
   OptimArgs args = checked_optim_args(rule, params, grads, states, step, hyper, active, nonfinite,
-                                      inv_scale, clip_factor, clip_value);
+                                      inv_scale, clip_factor, clip_value, scalars);
   if (args.num_models == 0) return;
   const int32_t device = step.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
@@ -92,6 +93,7 @@ void step_cuda(mb_optim_rule rule, const TensorList& params, const TensorList& g
   models.step = args.step;
   models.step_stride = args.step_stride;
   models.hyper = args.hyper;
+  std::copy(args.scalars.begin(), args.scalars.end(), models.scalars);
   models.active = reinterpret_cast<const uint8_t*>(args.active);
   models.nonfinite = reinterpret_cast<const uint8_t*>(args.nonfinite);
   models.inv_scale = args.inv_scale;
@@ -136,6 +138,33 @@ void adagrad_step_cuda(const TensorList& params, const TensorList& grads, const 
                        const Maybe& clip_value) {
   step_cuda(MB_RULE_ADAGRAD, params, grads, {&sums}, step, hyper, active, nonfinite, inv_scale,
             clip_factor, clip_value);
+}
+
+// Adadelta, Adamax, RAdam and Rprop.
+template <mb_optim_rule rule>
+void two_state_step_cuda(const TensorList& params, const TensorList& grads,
+                         const TensorList& first_states, const TensorList& second_states,
+                         const Tensor& step, const Tensor& hyper, const Maybe& active,
+                         const Maybe& nonfinite, const Maybe& inv_scale, const Maybe& clip_factor,
+                         const Maybe& clip_value) {
+  step_cuda(rule, params, grads, {&first_states, &second_states}, step, hyper, active, nonfinite,
+            inv_scale, clip_factor, clip_value);
+}
+
+void nadam_step_cuda(const TensorList& params, const TensorList& grads, const TensorList& exp_avgs,
+                     const TensorList& exp_avg_sqs, const Tensor& mu_product, const Tensor& step,
+                     const Tensor& hyper, const Maybe& active, const Maybe& nonfinite,
+                     const Maybe& inv_scale, const Maybe& clip_factor, const Maybe& clip_value) {
+  step_cuda(MB_RULE_NADAM, params, grads, {&exp_avgs, &exp_avg_sqs}, step, hyper, active, nonfinite,
+            inv_scale, clip_factor, clip_value, {&mu_product});
+}
+
+void asgd_step_cuda(const TensorList& params, const TensorList& grads, const TensorList& axs,
+                    const Tensor& eta, const Tensor& mu, const Tensor& step, const Tensor& hyper,
+                    const Maybe& active, const Maybe& nonfinite, const Maybe& inv_scale,
+                    const Maybe& clip_factor, const Maybe& clip_value) {
+  step_cuda(MB_RULE_ASGD, params, grads, {&axs}, step, hyper, active, nonfinite, inv_scale,
+            clip_factor, clip_value, {&eta, &mu});
 }
 
 std::tuple<Tensor, Tensor> grad_stats_cuda(const TensorList& grads) {
@@ -183,5 +212,11 @@ STABLE_TORCH_LIBRARY_IMPL(modelbatch, CUDA, m) {
   m.impl("adamw_step_", TORCH_BOX(&modelbatch::adam_step_cuda<MB_RULE_ADAMW>));
   m.impl("rmsprop_step_", TORCH_BOX(&modelbatch::rmsprop_step_cuda));
   m.impl("adagrad_step_", TORCH_BOX(&modelbatch::adagrad_step_cuda));
+  m.impl("adadelta_step_", TORCH_BOX(&modelbatch::two_state_step_cuda<MB_RULE_ADADELTA>));
+  m.impl("adamax_step_", TORCH_BOX(&modelbatch::two_state_step_cuda<MB_RULE_ADAMAX>));
+  m.impl("radam_step_", TORCH_BOX(&modelbatch::two_state_step_cuda<MB_RULE_RADAM>));
+  m.impl("rprop_step_", TORCH_BOX(&modelbatch::two_state_step_cuda<MB_RULE_RPROP>));
+  m.impl("nadam_step_", TORCH_BOX(&modelbatch::nadam_step_cuda));
+  m.impl("asgd_step_", TORCH_BOX(&modelbatch::asgd_step_cuda));
   m.impl("grad_stats", TORCH_BOX(&modelbatch::grad_stats_cuda));
 }

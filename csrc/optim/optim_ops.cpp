@@ -45,6 +45,33 @@ union Transform {
   mb_grad_transform_f64 f64;
 };
 
+// ---- further numbers per model ------------------------------------------------------------------
+
+double scalar(const OptimArgs& args, int which, int64_t model) {
+  return args.wide_scalars[which] != nullptr ? args.wide_scalars[which][model]
+                                             : static_cast<double>(args.scalars[which][model]);
+}
+
+void set_scalar(const OptimArgs& args, int which, int64_t model, double value) {
+  if (args.wide_scalars[which] != nullptr) {
+    args.wide_scalars[which][model] = value;
+  } else {
+    args.scalars[which][model] = static_cast<float>(value);
+  }
+}
+
+// NAdam's product of the momenta up to step number `step`, from that of the step before.
+double nadam_product(const OptimArgs& args, int64_t model, double step) {
+  if (args.wide_scalars[0] != nullptr) {
+    return mb_nadam_wide_mu_product(args.hyper, args.num_models, model, step,
+                                    args.wide_scalars[0][model]);
+  }
+  return static_cast<double>(
+      mb_nadam_mu_product(args.hyper, args.num_models, model, step, args.scalars[0][model]));
+}
+
+// ---- what a thread keeps ------------------------------------------------------------------------
+
 // What a thread keeps from one unit to the next: what belongs to the models of a block.
 struct Worker {
   int64_t first_row = -1;
@@ -110,14 +137,15 @@ struct Worker {
         break;
       }
       case MB_RULE_NADAM: {
-        const mb_nadam_f64 c =
-            mb_nadam_coefficients(args.hyper, count, model, step, args.scalars[0][model]);
+        const mb_nadam_f64 c = mb_nadam_coefficients_with(args.hyper, count, model, step,
+                                                          nadam_product(args, model, step));
         wide ? void(to.nadam_f64 = c) : void(to.nadam_f32 = mb_nadam_round_f32(c));
         break;
       }
       case MB_RULE_ASGD: {
-        const mb_asgd_f64 c = mb_asgd_coefficients(args.hyper, count, model, args.scalars[0][model],
-                                                   args.scalars[1][model]);
+        const mb_asgd_f64 c = mb_asgd_coefficients(
+            args.hyper, count, model, step, scalar(args, 0, model), scalar(args, 1, model),
+            args.wide_scalars[0] != nullptr);
         wide ? void(to.asgd_f64 = c) : void(to.asgd_f32 = mb_asgd_round_f32(c));
         break;
       }
@@ -226,11 +254,10 @@ void count_step(const OptimArgs& args, int64_t model) {
   done += 1.0f;
   const double step = static_cast<double>(done);
   if (args.rule->id == MB_RULE_NADAM) {
-    float& product = args.scalars[0][model];
-    product = mb_nadam_mu_product(hyper, count, model, step, product);
+    set_scalar(args, 0, model, nadam_product(args, model, step));
   } else if (args.rule->id == MB_RULE_ASGD) {
-    args.scalars[0][model] = mb_asgd_next_eta(hyper, count, model, step);
-    args.scalars[1][model] = mb_asgd_next_mu(hyper, count, model, step);
+    set_scalar(args, 0, model, mb_asgd_next_eta(hyper, count, model, step));
+    set_scalar(args, 1, model, mb_asgd_next_mu(hyper, count, model, step));
   }
 }
 
@@ -241,7 +268,7 @@ void step_cpu(mb_optim_rule rule, const TensorList& params, const TensorList& gr
               const std::optional<Tensor>& clip_factor, const std::optional<Tensor>& clip_value,
               std::initializer_list<const Tensor*> scalars = {}) {
   OptimArgs args = checked_optim_args(rule, params, grads, states, step, hyper, active, nonfinite,
-                                      inv_scale, clip_factor, clip_value, scalars);
+                                      inv_scale, clip_factor, clip_value, scalars, /*may_be_wide=*/true);
   check_states_asked_for(args);
   StepPlan plan = planned_step(args, params, states);
   const Ints live = live_models(args);

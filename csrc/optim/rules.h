@@ -332,7 +332,8 @@ MB_HOST_DEVICE static inline mb_rprop_f64 mb_rprop_coefficients(const double* hy
                                                                 double step) {
   const double* h = hyper + model;
   mb_rprop_f64 c;
-  (void)step; /* counted, but not used */
+  c.lr = h[MB_RPROP_LR * num_models];
+  c.is_first = step == 1.0;
   c.sign = mb_sign(h[MB_RPROP_MAXIMIZE * num_models]);
   c.eta_minus = h[MB_RPROP_ETAMINUS * num_models];
   c.eta_plus = h[MB_RPROP_ETAPLUS * num_models];
@@ -344,10 +345,12 @@ MB_HOST_DEVICE static inline mb_rprop_f64 mb_rprop_coefficients(const double* hy
 MB_HOST_DEVICE static inline mb_rprop_f32 mb_rprop_round_f32(mb_rprop_f64 c) {
   mb_rprop_f32 r;
   r.sign = (float)c.sign;
+  r.lr = (float)c.lr;
   r.eta_minus = (float)c.eta_minus;
   r.eta_plus = (float)c.eta_plus;
   r.min_step_size = (float)c.min_step_size;
   r.max_step_size = (float)c.max_step_size;
+  r.is_first = c.is_first;
   return r;
 }
 
@@ -363,23 +366,31 @@ MB_HOST_DEVICE static inline double mb_nadam_mu(const double* hyper, int64_t num
          (1.0 - 0.5 * pow(0.96, step * h[MB_NADAM_MOMENTUM_DECAY * num_models]));
 }
 
-/* The product of the momenta up to this step, from that up to the step before: 1 at first. */
+/* The product of the momenta up to this step, from that up to the step before, which is not read at
+ * the first. */
 MB_HOST_DEVICE static inline float mb_nadam_mu_product(const double* hyper, int64_t num_models,
                                                        int64_t model, double step, float before) {
-  return before * (float)mb_nadam_mu(hyper, num_models, model, step);
+  return (step == 1.0 ? 1.0f : before) * (float)mb_nadam_mu(hyper, num_models, model, step);
 }
 
-/* `before` is the product of the momenta up to the step before. */
-MB_HOST_DEVICE static inline mb_nadam_f64 mb_nadam_coefficients(const double* hyper,
-                                                                int64_t num_models, int64_t model,
-                                                                double step, float before) {
+/* The same where it is kept in double. */
+MB_HOST_DEVICE static inline double mb_nadam_wide_mu_product(const double* hyper,
+                                                             int64_t num_models, int64_t model,
+                                                             double step, double before) {
+  return (step == 1.0 ? 1.0 : before) * mb_nadam_mu(hyper, num_models, model, step);
+}
+
+/* `product` is that of the momenta up to this step. */
+MB_HOST_DEVICE static inline mb_nadam_f64 mb_nadam_coefficients_with(const double* hyper,
+                                                                     int64_t num_models,
+                                                                     int64_t model, double step,
+                                                                     double product) {
   const double* h = hyper + model;
   const double lr = h[MB_NADAM_LR * num_models], beta2 = h[MB_NADAM_BETA2 * num_models];
   const double weight_decay = h[MB_NADAM_WEIGHT_DECAY * num_models];
   const int decoupled = h[MB_NADAM_DECOUPLED * num_models] != 0;
   const double mu = mb_nadam_mu(hyper, num_models, model, step);
   const double mu_next = mb_nadam_mu(hyper, num_models, model, step + 1.0);
-  const double product = (double)mb_nadam_mu_product(hyper, num_models, model, step, before);
   mb_nadam_f64 c;
   c.sign = mb_sign(h[MB_NADAM_MAXIMIZE * num_models]);
   c.weight_decay = decoupled ? 0.0 : weight_decay;
@@ -392,6 +403,14 @@ MB_HOST_DEVICE static inline mb_nadam_f64 mb_nadam_coefficients(const double* hy
   c.momentum_step_size = lr * mu_next / (1.0 - product * mu_next);
   c.eps = h[MB_NADAM_EPS * num_models];
   return c;
+}
+
+/* `before` is the product of the momenta up to the step before. */
+MB_HOST_DEVICE static inline mb_nadam_f64 mb_nadam_coefficients(const double* hyper,
+                                                                int64_t num_models, int64_t model,
+                                                                double step, float before) {
+  const float product = mb_nadam_mu_product(hyper, num_models, model, step, before);
+  return mb_nadam_coefficients_with(hyper, num_models, model, step, (double)product);
 }
 
 MB_HOST_DEVICE static inline mb_nadam_f32 mb_nadam_round_f32(mb_nadam_f64 c) {
@@ -414,33 +433,37 @@ MB_HOST_DEVICE static inline mb_nadam_f64 mb_nadam_round_f64(mb_nadam_f64 c) { r
 
 /* ---- ASGD ----------------------------------------------------------------------------------- */
 
-/* The step size and the weight of the average for the step after step number `step`. At the first
- * step they are lr and 1. */
-MB_HOST_DEVICE static inline float mb_asgd_next_eta(const double* hyper, int64_t num_models,
-                                                    int64_t model, double step) {
+/* The step size and the weight of the average for the step after step number `step`. */
+MB_HOST_DEVICE static inline double mb_asgd_next_eta(const double* hyper, int64_t num_models,
+                                                     int64_t model, double step) {
   const double* h = hyper + model;
   const double lr = h[MB_ASGD_LR * num_models];
-  return (float)(lr / pow(1.0 + h[MB_ASGD_LAMBD * num_models] * lr * step,
-                          h[MB_ASGD_ALPHA * num_models]));
+  return lr / pow(1.0 + h[MB_ASGD_LAMBD * num_models] * lr * step, h[MB_ASGD_ALPHA * num_models]);
 }
 
-MB_HOST_DEVICE static inline float mb_asgd_next_mu(const double* hyper, int64_t num_models,
-                                                   int64_t model, double step) {
+MB_HOST_DEVICE static inline double mb_asgd_next_mu(const double* hyper, int64_t num_models,
+                                                    int64_t model, double step) {
   const double steps = step - hyper[MB_ASGD_T0 * num_models + model];
-  return (float)(1.0 / (steps > 1.0 ? steps : 1.0));
+  return 1.0 / (steps > 1.0 ? steps : 1.0);
 }
 
+/* `kept_eta` and `kept_mu` are those for this step. At the first they are lr and 1, whatever was
+ * kept; `is_wide` tells that they are kept in double. */
 MB_HOST_DEVICE static inline mb_asgd_f64 mb_asgd_coefficients(const double* hyper,
                                                               int64_t num_models, int64_t model,
-                                                              float eta, float mu) {
+                                                              double step, double kept_eta,
+                                                              double kept_mu, int is_wide) {
   const double* h = hyper + model;
+  const double lr = h[MB_ASGD_LR * num_models];
+  const double first_eta = is_wide ? lr : (double)(float)lr;
+  const double eta = step == 1.0 ? first_eta : kept_eta, mu = step == 1.0 ? 1.0 : kept_mu;
   mb_asgd_f64 c;
   c.sign = mb_sign(h[MB_ASGD_MAXIMIZE * num_models]);
   c.weight_decay = h[MB_ASGD_WEIGHT_DECAY * num_models];
-  c.param_factor = 1.0 - h[MB_ASGD_LAMBD * num_models] * (double)eta;
-  c.eta = (double)eta;
-  c.mu = (double)mu;
-  c.is_copied = mu == 1.0f;
+  c.param_factor = 1.0 - h[MB_ASGD_LAMBD * num_models] * eta;
+  c.eta = eta;
+  c.mu = mu;
+  c.is_copied = mu == 1.0;
   return c;
 }
 

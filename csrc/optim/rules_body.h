@@ -232,17 +232,19 @@ MB_HOST_DEVICE static inline void NAME(mb_radam_update)(const NAME(mb_radam) * c
 
 typedef struct NAME(mb_rprop) {
   REAL sign;
+  REAL lr;
   REAL eta_minus, eta_plus;
   REAL min_step_size, max_step_size;
+  int is_first; /* the step size becomes the learning rate */
 } NAME(mb_rprop);
 
-/* `step_size` begins as the learning rate. A product that is NaN leaves the step size. */
+/* A product that is NaN leaves the step size. */
 MB_HOST_DEVICE static inline void NAME(mb_rprop_update)(const NAME(mb_rprop) * c, REAL grad,
                                                         REAL* param, REAL* prev, REAL* step_size) {
   const REAL signed_grad = c->sign * grad;
   const REAL product = signed_grad * *prev;
   const REAL eta = product > 0 ? c->eta_plus : product < 0 ? c->eta_minus : (REAL)1;
-  const REAL moved = *step_size * eta;
+  const REAL moved = (c->is_first ? c->lr : *step_size) * eta;
   const REAL above = moved < c->min_step_size ? c->min_step_size : moved;
   const REAL size = above > c->max_step_size ? c->max_step_size : above;
   const REAL g = product < 0 ? (REAL)0 : signed_grad; /* turned round: no step */

@@ -12,4 +12,4 @@ from modelbatch.ops import (
     random as random,
 )
 
-__all__ = ["conv", "loss", "norm", "optim", "random"]
+__all__ = ["conv", "loss", "norm", "optim", "pointwise", "random"]

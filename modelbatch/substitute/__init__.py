@@ -11,6 +11,7 @@ from . import (
     layer_norm,
     losses,
     norm,
+    pointwise,
     random_ops,
     rewrites,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "layer_norm",
     "losses",
     "norm",
+    "pointwise",
     "random_ops",
     "rewrites",
 ]
