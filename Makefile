@@ -17,7 +17,7 @@ DEPS := $(VENV)/.deps
 DOCS := $(VENV)/.docs
 BUILT := $(VENV)/.built
 SOURCES := setup.py $(shell find csrc -name '*.c' -o -name '*.cpp' -o -name '*.cu' -o -name '*.h')
-FORMATTED := $(shell find csrc -name '*.c' -o -name '*.cpp' -o -name '*.cu' -o -name '*.h')
+FORMATTED := $(shell find csrc tests -name '*.c' -o -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

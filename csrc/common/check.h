@@ -3,6 +3,11 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+// torch 2.10 has it under another name.
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
 #include <sstream>
 #include <stdexcept>
 #include <string>

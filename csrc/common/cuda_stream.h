@@ -5,6 +5,8 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 
+#include "common/check.h"
+
 namespace modelbatch {
 
 inline cudaStream_t current_cuda_stream(int32_t device_index) {

@@ -41,8 +41,8 @@ MB_HOST_DEVICE static inline float mb_log_f32(float x) {
   const float s = (m - 1.0f) / (m + 1.0f);
   const float z = s * s;
   const float tail = z * (1.0f / 3 + z * (1.0f / 5 + z * (1.0f / 7 + z * (1.0f / 9))));
-  const float result = exponent * 0.693359375f +
-                       (2.0f * s + (2.0f * s * tail - exponent * 2.12194440e-4f));
+  const float result =
+      exponent * 0.693359375f + (2.0f * s + (2.0f * s * tail - exponent * 2.12194440e-4f));
   return x != x ? x : result;
 }
 

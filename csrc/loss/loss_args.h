@@ -30,8 +30,8 @@ inline ClassLoss checked_class_loss(const Tensor& logits, const Tensor& target) 
   const int64_t num_models = logits.size(0), rows = logits.size(1);
   const bool shared = target.dim() == 1;
   MB_CHECK(target.scalar_type() == ScalarType::Long, op, "target must be int64");
-  MB_CHECK((shared && target.size(0) == rows) || (target.dim() == 2 && target.size(0) == num_models &&
-                                                  target.size(1) == rows),
+  MB_CHECK((shared && target.size(0) == rows) ||
+               (target.dim() == 2 && target.size(0) == num_models && target.size(1) == rows),
            op, "target must have shape [B] or [M, B] for logits of shape ", shape_text(logits),
            ", got ", shape_text(target));
   MB_CHECK(target.device() == logits.device(), op, "target must be on the device of the logits");

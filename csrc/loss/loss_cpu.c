@@ -1,10 +1,9 @@
 /* The CPU kernels of the loss family. */
-#include "loss/loss.h"
-
 #include <math.h>
 
 #include "common/elementary.h"
 #include "common/isa.h"
+#include "loss/loss.h"
 
 #define T float
 #define SUFFIX f32

@@ -1,5 +1,6 @@
 // Cross entropy on a GPU: one block owns one model, a thread takes every kThreads-th row, and the
-// rows' losses are added in a fixed tree. No atomics, so a model's loss does not depend on the rest.
+// rows' losses are added in a fixed tree. No atomics, so a model's loss does not depend on the
+// rest.
 #include "common/cuda_launch.h"
 #include "loss/loss.h"
 #include "loss/loss_cuda.h"

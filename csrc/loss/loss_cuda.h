@@ -10,10 +10,10 @@ extern "C" {
 #endif
 
 typedef struct mb_cross_entropy_launch {
-  int dtype;              /* MB_LOSS_F32 or MB_LOSS_F64 */
-  const void* logits;     /* [M, rows, classes] */
-  const int64_t* target;  /* model m's begin at m * target_stride */
-  int64_t target_stride;  /* 0 where all models share them */
+  int dtype;             /* MB_LOSS_F32 or MB_LOSS_F64 */
+  const void* logits;    /* [M, rows, classes] */
+  const int64_t* target; /* model m's begin at m * target_stride */
+  int64_t target_stride; /* 0 where all models share them */
   int64_t ignore_index;
   void* losses; /* [M] */
   void* slope;  /* [M, rows, classes] or NULL */

@@ -1,11 +1,11 @@
 // modelbatch::cross_entropy on CUDA: check, allocate, launch on the current stream. The targets'
 // values stay unchecked, because reading them here would wait for the device.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
 
+#include "common/cuda_stream.h"
 #include "loss/loss_args.h"
 #include "loss/loss_cuda.h"
 
@@ -18,9 +18,6 @@ std::tuple<Tensor, Tensor> cross_entropy_cuda(const Tensor& logits, const Tensor
   const ClassLoss loss = checked_class_loss(logits, target);
   ClassLossResult result = class_loss_result(loss, need_slope);
   if (loss.num_models == 0) return {result.losses, result.slope};
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_get_current_cuda_stream(logits.get_device_index(), &stream));
   mb_cross_entropy_launch launch;
   launch.dtype = loss.dtype;
   launch.logits = loss.logits.const_data_ptr();
@@ -32,7 +29,7 @@ std::tuple<Tensor, Tensor> cross_entropy_cuda(const Tensor& logits, const Tensor
   launch.num_models = loss.num_models;
   launch.rows = loss.rows;
   launch.classes = loss.classes;
-  launch.stream = static_cast<cudaStream_t>(stream);
+  launch.stream = current_cuda_stream(logits.get_device_index());
   STD_CUDA_CHECK(mb_cross_entropy_cuda(launch));
   return {result.losses, result.slope};
 }

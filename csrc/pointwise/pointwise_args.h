@@ -15,8 +15,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 inline Tensor checked_pointwise_input(const Tensor& input, const char* op) {
-  MB_CHECK(input.scalar_type() == ScalarType::Float, "modelbatch::", op,
-           ": input must be float32");
+  MB_CHECK(input.scalar_type() == ScalarType::Float, "modelbatch::", op, ": input must be float32");
   return input.is_contiguous() ? input : torch::stable::contiguous(input);
 }
 

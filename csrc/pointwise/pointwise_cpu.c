@@ -1,8 +1,7 @@
 /* The CPU kernels of the pointwise family. */
-#include "pointwise/pointwise.h"
-
 #include "common/elementary.h"
 #include "common/isa.h"
+#include "pointwise/pointwise.h"
 
 static void tanh_f32(const float* restrict x, float* restrict y, int64_t numel) {
   for (int64_t i = 0; i < numel; ++i) y[i] = mb_tanh_f32(x[i]);

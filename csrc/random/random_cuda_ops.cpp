@@ -1,20 +1,14 @@
 // modelbatch::dropout, uniform and normal on CUDA: check, allocate, launch on the current stream.
 // The values of p and step stay unchecked, because reading them here would wait for the device.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
+#include "common/cuda_stream.h"
 #include "random/random_args.h"
 #include "random/random_cuda.h"
 
 namespace modelbatch {
 namespace {
-
-cudaStream_t current_stream(int32_t device_index) {
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_index, &stream));
-  return static_cast<cudaStream_t>(stream);
-}
 
 mb_random_launch launch_of(const Streams& streams, int64_t op_index, int dtype,
                            int64_t slice_numel) {
@@ -25,7 +19,7 @@ mb_random_launch launch_of(const Streams& streams, int64_t op_index, int dtype,
   launch.op_index = op_index;
   launch.num_models = streams.num_models;
   launch.slice_numel = slice_numel;
-  launch.stream = current_stream(streams.seed.get_device_index());
+  launch.stream = current_cuda_stream(streams.seed.get_device_index());
   return launch;
 }
 

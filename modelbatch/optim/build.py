@@ -26,8 +26,9 @@ def build_optimizer(
 ) -> Optimizer:
     """Builds an optimizer of any torch class whose group i is model i.
 
-    Adam, AdamW, SGD, RMSprop and Adagrad update all models by one operator. LBFGS searches for all
-    models at once. Every other class, also a subclass of these, steps model by model.
+    The classes in `RULES` update all models by one operator. LBFGS searches for all models at once,
+    and Adafactor computes on the stacked tensors. Every other class, also a subclass of these, steps
+    model by model.
 
     Args:
         stacked: the stacked parameters, contiguous `[M, *shape]` leaves under the models' own
@@ -54,5 +55,5 @@ def build_optimizer(
     if suits(optimizer_cls, views):
         return build_fused_optimizer(views, optimizer_cls, separate_tensors(configs))
     if not issubclass(optimizer_cls, LBFGS):
-        announce(optimizer_cls, fallback)
+        announce(optimizer_cls, fallback, views.stacked)
     return build_view_optimizer(stacked, models, optimizer_cls, configs, active=active)

@@ -1,26 +1,24 @@
 """The optimizer whose step updates all models by one operator."""
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Adagrad, Optimizer
+from torch.optim import Optimizer
 from torch.optim.optimizer import (
     _global_optimizer_post_hooks as _GLOBAL_POST_HOOKS,
     _global_optimizer_pre_hooks as _GLOBAL_PRE_HOOKS,
 )
 
-from ..errors import ModelBatchError
-from .base import PerModelOptimizer
 from .clip import clip_factor, grad_stats
 from .configs import stock_optimizer
 from .gradients import GradientViews
 from .groups import HyperTable, ModelGroup
+from .loading import LoadingOptimizer
 from .rules import RULES, Rule
-from .states import Entry, StateViews, merge_steps, real
+from .states import Entry, StateViews, merge_numbers, real
 
 __all__ = ["FusedOptimizer", "build_fused_optimizer"]
 
@@ -56,9 +54,9 @@ def build_fused_optimizer(
 
 
 class _Call:
-    """One call of the operator: the tensors of entries with one dtype and one count of steps."""
+    """One call of the operator: the tensors of entries with one dtype and the same numbers."""
 
-    __slots__ = ("entries", "params", "states", "step")
+    __slots__ = ("entries", "numbers", "params", "states")
 
     def __init__(self, entries: list[Entry], rule: Rule) -> None:
         self.entries = entries
@@ -67,14 +65,15 @@ class _Call:
             [state for entry in entries if (state := entry.states[which]) is not None]
             for which in range(len(rule.states))
         ]
-        self.step = entries[0].step
+        step, *scalars = entries[0].numbers
+        self.numbers = [*scalars, step]
 
 
-class FusedOptimizer(PerModelOptimizer):
+class FusedOptimizer(LoadingOptimizer):
     """Mixin that steps M models of a torch optimizer class by one operator.
 
-    The states are stacked `[M, *shape]` tensors and one vector of step counts; every option is a
-    vector with one number per model. `param_groups`, `state` and state dicts have torch's form,
+    The states are stacked `[M, *shape]` tensors, and vectors of step counts and what else has one
+    number per model; every option is such a vector too. `param_groups`, `state` and state dicts have torch's form,
     with M groups.
 
     The gradients stay as backward left them: unscaling and clipping happen on the way to the
@@ -152,11 +151,12 @@ class FusedOptimizer(PerModelOptimizer):
     def _reset_state(self) -> None:
         num_models = self._views.num_models
         self._entries = [Entry(p, self._rule, num_models) for p in self._views.stacked]
-        shared: dict[torch.device, Tensor] = {}
+        shared: dict[Any, list[Tensor]] = {}
         groups = self.__dict__["param_groups"]
         first = self._first_states(groups)
         for entry in self._entries:
-            entry.step = shared.setdefault(entry.step.device, entry.step)
+            kind = (entry.numbers[0].device, entry.numbers[-1].dtype)
+            entry.numbers = shared.setdefault(kind, entry.numbers)
             if first is not None:
                 entry.allocate(0, first)
         self._state = StateViews(self._rule, self._entries, self._views.rows, groups)
@@ -227,7 +227,8 @@ class FusedOptimizer(PerModelOptimizer):
             scaling = self._scaling([grad for grads in by_call for grad in grads])
         matrix, active, operator = self._table.matrix, self._active, self._rule.operator
         for call, own in zip(self._calls, by_call, strict=True):
-            operator(call.params, own, *call.states, call.step, matrix, active, nonfinite, *scaling)
+            rest = (*call.numbers, matrix, active, nonfinite, *scaling)
+            operator(call.params, own, *call.states, *rest)
         # The operator writes below autograd, which must learn that saved parameters changed.
         torch.autograd.graph.increment_version(self._views.stacked)
 
@@ -244,15 +245,14 @@ class FusedOptimizer(PerModelOptimizer):
         return grads
 
     def _dense(self, grad: Tensor) -> Tensor:
-        # What SGD and Adagrad do to rows without a gradient is nothing, so a gradient of zero does.
-        if self._rule.name not in ("sgd", "adagrad"):
+        check = self._rule.check_sparse
+        if check is None:
             raise RuntimeError(f"{self._optimizer_cls.__name__} does not support sparse gradients")
-        if self._optimizer_cls is Adagrad:
-            for i, group in enumerate(self.__dict__["param_groups"]):
-                if group["weight_decay"] != 0:
-                    raise RuntimeError(
-                        f"model {i}: weight_decay option is not compatible with sparse gradients"
-                    )
+        for i, group in enumerate(self.__dict__["param_groups"]):
+            try:
+                check(group)
+            except RuntimeError as error:
+                raise RuntimeError(f"model {i}: {error}") from None
         return grad.to_dense()
 
     def _plan(self, pattern: list[bool]) -> None:
@@ -267,12 +267,12 @@ class FusedOptimizer(PerModelOptimizer):
             for which, flag in enumerate(needed):
                 if steps and flag and entry.states[which] is None:
                     entry.allocate(which, first)
-        merge_steps(self._entries, pattern)
+        merge_numbers(self._entries, pattern)
         together: dict[Any, list[Entry]] = {}
         for entry, steps in zip(self._entries, pattern, strict=True):
             if steps:
                 param = entry.stacked
-                key = (param.device, param.dtype.to_real(), id(entry.step))
+                key = (param.device, param.dtype.to_real(), id(entry.numbers))
                 together.setdefault(key, []).append(entry)
         self._calls = [_Call(entries, self._rule) for entries in together.values()]
         self._pattern = pattern
@@ -323,105 +323,11 @@ class FusedOptimizer(PerModelOptimizer):
             self._limits_key, self._limits_tensor = key, limits
         return self._limits_tensor
 
-    # ---- loading
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what `state_dict` of a bundle of as many models gave.
-
-        Raises:
-            ModelBatchError: another number of models or parameters, or options or shapes that do
-                not fit; nothing has been changed then.
-        """
-        state_dict = state_dict.copy()
-        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = pre_hook(self, state_dict) or state_dict
-        saved = state_dict["param_groups"]
-        groups = self.__dict__["param_groups"]
-        if len(saved) != len(groups):
-            raise ModelBatchError(
-                f"the state dict is of {len(saved)} models, the bundle has {len(groups)}"
-            )
-        loaded = [
-            self._checked_state(i, {"state": _state_of(state_dict, group), "param_groups": [group]})
-            for i, group in enumerate(saved)
-        ]
-        for i, (options, states) in enumerate(loaded):
-            self._take(i, options, states)
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
-
-    def load_model_state_dict(  # noqa: D102 - inherited
-        self, i: int, state_dict: Mapping[str, Any]
-    ) -> None:
-        i = self._model_index(i)
-        self._take(i, *self._checked_state(i, state_dict))
-
-    def _checked_state(
-        self, i: int, state_dict: Mapping[str, Any]
-    ) -> tuple[dict[str, Any], list[Mapping[str, Any] | None]]:
-        """The options and the parameters' states of model i, once they fit it."""
-        params = self._views.params[i]
-        saved = self._checked_group(i, state_dict)
-        indices = {key: index for index, key in enumerate(saved["params"])}
-        states: list[Mapping[str, Any] | None] = [None] * len(params)
-        for key, values in state_dict["state"].items():
-            if key not in indices:
-                raise ModelBatchError(
-                    f"model {i}: the state dict has state of a parameter {key!r} that is in none "
-                    f"of its groups"
-                )
-            self._check_state(i, indices[key], params[indices[key]], values)
-            states[indices[key]] = values
-        stock = stock_optimizer(self._optimizer_cls, params, self._configs[i], i)
-        needed = stock.param_groups[0].keys()
-        try:
-            stock.load_state_dict({"state": {}, "param_groups": [copy.deepcopy(saved)]})
-        except Exception as error:
-            raise ModelBatchError(f"model {i}: the state dict cannot be loaded: {error}") from error
-        options = stock.param_groups[0]
-        if missing := needed - options.keys():
-            raise ModelBatchError(
-                f"model {i}: the state dict lacks the option {', '.join(sorted(missing))} of "
-                f"{self._optimizer_cls.__name__}; another class may have saved it"
-            )
-        for k, values in enumerate(states):
-            self._check_names(i, k, options, values)
-        return {name: value for name, value in options.items() if name != "params"}, states
-
-    def _check_names(
-        self, i: int, k: int, options: Mapping[str, Any], values: Mapping[str, Any] | None
-    ) -> None:
-        if not values:
-            return
-        names = zip(self._rule.states, self._rule.needed(options), strict=True)
-        missing = [name for name, has in names if has and values.get(name) is None]
-        if self._rule.counts and "step" not in values:
-            missing.append("step")
-        # SGD's momentum begins with the first step in which the option is set.
-        if missing and self._rule.counts:
-            raise ModelBatchError(
-                f"model {i}: the state of parameter {k} lacks {', '.join(missing)}; another class "
-                f"than {self._optimizer_cls.__name__} may have saved it"
-            )
-
-    def _take(
-        self, i: int, options: Mapping[str, Any], states: list[Mapping[str, Any] | None]
-    ) -> None:
-        self.__dict__["param_groups"][i].update(options)
-        for param, values in zip(self._views.params[i], states, strict=True):
-            self._state[param] = values or {}
-        self._pattern = None
-
     def tensors_moved(self) -> None:
         """Follows parameters that were moved to another device or dtype."""
         for entry in self._entries:
             entry.follow()
         self._pattern, self._active_flags = None, []
-
-
-def _state_of(state_dict: Mapping[str, Any], group: Mapping[str, Any]) -> dict[Any, Any]:
-    own = set(group["params"])
-    return {key: values for key, values in state_dict["state"].items() if key in own}
 
 
 @cache

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ModelBatchError
-from .rules import Rule, as_number, read_option
+from .rules import Rule, as_number, option_of, read_option
 
 __all__ = ["HyperTable", "ModelGroup"]
 
@@ -98,8 +98,7 @@ class HyperTable:
         self._rule = rule
         self._rows: dict[str, list[int]] = {}
         for k, row in enumerate(rule.rows):
-            option = {"beta1": "betas", "beta2": "betas", "decoupled": "decoupled_weight_decay"}
-            self._rows.setdefault(option.get(row, row), []).append(k)
+            self._rows.setdefault(option_of(row)[0], []).append(k)
         self._host = torch.zeros(len(rule.rows), num_models, dtype=torch.float64)
         self._numbers = self._host.numpy()
         self._matrix = self._host
@@ -157,9 +156,9 @@ class HyperTable:
                     else:
                         self._numbers[k, i] = as_number(number)
                 except (TypeError, ValueError, KeyError, IndexError, RuntimeError) as error:
+                    kind = "a number" if len(rows) == 1 else f"{len(rows)} numbers"
                     raise ModelBatchError(
-                        f"model {i}: option {option!r} must be a number"
-                        f"{' for each beta' if option == 'betas' else ''}, got {value!r}"
+                        f"model {i}: option {option!r} must be {kind}, got {value!r}"
                     ) from error
         self.changed.clear()
         if self._matrix is not self._host:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..errors import ModelBatchError
 from .rules import Rule
 
-__all__ = ["Entry", "StateViews", "merge_steps", "real"]
+__all__ = ["Entry", "StateViews", "merge_numbers", "real"]
 
 _STATE_DTYPE = {torch.float64: torch.float64, torch.complex128: torch.float64}
 
@@ -28,18 +28,36 @@ class Entry:
         num_models: M.
     """
 
-    __slots__ = ("stacked", "states", "step")
+    __slots__ = ("numbers", "stacked", "states")
 
     def __init__(self, stacked: nn.Parameter, rule: Rule, num_models: int) -> None:
         self.stacked = stacked
         self.states: list[Tensor | None] = [None] * len(rule.states)  # [M, *shape] each
-        #: Float32 `[M]`: steps done. Entries that always step together share one tensor.
-        self.step = torch.zeros(num_models, dtype=torch.float32, device=stacked.device)
+        device = stacked.device
+        is_wide = self._may_be_wide() and torch.get_default_dtype() == torch.float64
+        scalar_dtype = torch.float64 if is_wide else torch.float32
+        #: The steps done, float32 `[M]`, and the rule's scalars, `[M]` each, which mean nothing
+        #: before the first step. Entries that always step together share one list.
+        self.numbers = [
+            torch.zeros(num_models, dtype=torch.float32, device=device),
+            *(torch.zeros(num_models, dtype=scalar_dtype, device=device) for _ in rule.scalars),
+        ]
 
     @property
     def param(self) -> Tensor:
         """What the operator updates: the stacked parameter, `[M, *shape]`, as real numbers."""
         return real(self.stacked.detach()) if self.stacked.is_complex() else self.stacked
+
+    def _may_be_wide(self) -> bool:
+        # The CUDA operators take scalars in float32 only.
+        param = self.stacked
+        return param.dtype in _STATE_DTYPE and param.device.type == "cpu"
+
+    def widen(self) -> None:
+        """Keep the scalars in float64 from now on, if the parameter's dtype is as wide."""
+        step, *scalars = self.numbers
+        if self._may_be_wide() and any(scalar.dtype != torch.float64 for scalar in scalars):
+            self.numbers = [step.clone(), *(scalar.double() for scalar in scalars)]
 
     def allocate(self, which: int, first: Sequence[float] | None) -> None:
         """Make state number `which`, zero or with one initial value per model."""
@@ -54,7 +72,10 @@ class Entry:
         """Take note of a parameter that was moved or got another dtype, and move the state too."""
         device = self.stacked.device
         dtype = _STATE_DTYPE.get(self.stacked.dtype, torch.float32)
-        self.step = self.step.to(device)
+        if self.numbers[0].device != device:
+            if not self._may_be_wide():
+                self.numbers = [number.float() for number in self.numbers]
+            self.numbers = [number.to(device) for number in self.numbers]
         like = self.param.detach()
         self.states = [
             None if state is None else torch.empty_like(like, dtype=dtype).copy_(state)
@@ -95,9 +116,11 @@ class StateViews(MutableMapping[Tensor, dict[str, Any]]):
         needed = rule.needed(self._groups[i])
         if not any(needed) or all(state is None for state in entry.states):
             return None
-        if rule.first_state is None and entry.step[i] == 0:
+        step, *scalars = entry.numbers
+        if rule.first_state is None and step[i] == 0:
             return None
-        values: dict[str, Any] = {"step": entry.step[i]} if rule.counts else {}
+        values: dict[str, Any] = {"step": step[i]} if rule.counts else {}
+        values.update((name, s[i]) for name, s in zip(rule.scalars, scalars, strict=True))
         is_complex = entry.stacked.is_complex()
         for name, state, has in zip(rule.states, entry.states, needed, strict=True):
             if has and state is not None:
@@ -111,10 +134,15 @@ class StateViews(MutableMapping[Tensor, dict[str, Any]]):
         step = float(values.get("step", 0))
         if not rule.counts:
             step = float(any(values.get(name) is not None for name in rule.states))
-        if entry.step[i] != step:
-            if sum(other.step is entry.step for other in self._entries) > 1:
-                entry.step = entry.step.clone()  # this parameter's count is now its own
-            entry.step[i] = step
+        scalars = [values.get(name, 0.0) for name in rule.scalars]
+        if any(isinstance(s, Tensor) and s.dtype == torch.float64 for s in scalars):
+            entry.widen()
+        numbers = [step, *(float(scalar) for scalar in scalars)]
+        if any(own[i] != new for own, new in zip(entry.numbers, numbers, strict=True)):
+            if sum(other.numbers is entry.numbers for other in self._entries) > 1:
+                entry.numbers = [own.clone() for own in entry.numbers]  # no longer shared
+            for own, new in zip(entry.numbers, numbers, strict=True):
+                own[i] = new
         for which, name in enumerate(rule.states):
             value = values.get(name)
             if value is not None and entry.states[which] is None:
@@ -156,21 +184,25 @@ class StateViews(MutableMapping[Tensor, dict[str, Any]]):
         return place
 
 
-def merge_steps(entries: Sequence[Entry], stepping: Sequence[bool]) -> None:
-    """Let entries that step together and have equal counts share one vector, and no others.
+def merge_numbers(entries: Sequence[Entry], stepping: Sequence[bool]) -> None:
+    """Let entries that step together and have equal numbers share them, and no others.
 
     Args:
         entries: all of them.
         stepping: which of them have a gradient in the steps to come.
     """
-    distinct: list[Tensor] = []
+    distinct: list[list[Tensor]] = []
     for entry, steps in zip(entries, stepping, strict=True):
         if not steps:
-            entry.step = entry.step.clone()
+            entry.numbers = [own.clone() for own in entry.numbers]
             continue
-        for other in distinct:
-            if other is entry.step or torch.equal(other, entry.step):
-                entry.step = other
+        for others in distinct:
+            if others is entry.numbers or all(map(_same, others, entry.numbers)):
+                entry.numbers = others
                 break
         else:
-            distinct.append(entry.step)
+            distinct.append(entry.numbers)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)

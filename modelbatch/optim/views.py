@@ -11,10 +11,10 @@ from torch.optim import LBFGS, Optimizer
 
 from ..errors import BatchingError, FallbackWarning, ModelBatchError
 from ..fallback import users_stacklevel
+from .adafactor import AdafactorStep
 from .base import PerModelOptimizer, unhooked_step
 from .clip import clip_factor, grad_stats, scale_slices_
 from .configs import separate_tensors, stock_optimizer
-from .elementwise import ElementwiseStep
 from .gradients import GradientViews
 from .lockstep import LockstepLBFGS
 
@@ -27,15 +27,15 @@ def announce(optimizer_cls: type[Optimizer], fallback: str, stacked: Sequence[Te
     Args:
         optimizer_cls: a class that no operator computes for all models.
         fallback: `"warn"`, `"error"` or `"silent"`.
-        stacked: the stacked parameters. Some classes are computed for all models at once, but not
-            in half precision.
+        stacked: the stacked parameters. Adafactor is computed for all models at once, but not in
+            half precision.
 
     Raises:
         BatchingError: it is so, and `fallback` is `"error"`.
     """
     if fallback == "silent" or issubclass(optimizer_cls, LBFGS):
         return
-    if ElementwiseStep.suits(optimizer_cls, stacked):
+    if AdafactorStep.suits(optimizer_cls, stacked):
         return
     message = (
         f"{optimizer_cls.__name__} cannot be batched (there is no rule that updates all models at "
@@ -89,8 +89,7 @@ class ViewOptimizer(PerModelOptimizer):
 
     The class it is mixed into does the arithmetic, once per group, exactly as for one model. This
     one only hands it the gradients, unscales and clips them, and keeps models apart under a
-    gradient scaler. Where a class treats every element by itself, `ElementwiseStep` does the same
-    arithmetic on all models at once.
+    gradient scaler. For Adafactor, `AdafactorStep` does the same arithmetic on all models at once.
 
     Args:
         views: the models' parameters and gradients.
@@ -113,7 +112,7 @@ class ViewOptimizer(PerModelOptimizer):
         self._views = views
         self._optimizer_cls = optimizer_cls
         self._configs = configs
-        self._elementwise: ElementwiseStep | None = None
+        self._at_once: AdafactorStep | None = None
         #: M limits of the gradients' norms or absolute values; `step` clips by one of the two.
         self.clip_grad_norm: Sequence[float] | None = None
         self.clip_grad_value: Sequence[float] | None = None
@@ -129,8 +128,8 @@ class ViewOptimizer(PerModelOptimizer):
         self.state.clear()
         for stock in alone:
             self.state.update(stock.state)
-        if ElementwiseStep.suits(optimizer_cls, views.stacked):
-            self._elementwise = ElementwiseStep(self, optimizer_cls, views)
+        if AdafactorStep.suits(optimizer_cls, views.stacked):
+            self._at_once = AdafactorStep(self, views)
         self._complete = True
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -175,13 +174,13 @@ class ViewOptimizer(PerModelOptimizer):
         self._forget()
 
     def _forget(self) -> None:
-        if self._elementwise is not None:
-            self._elementwise.forget()
+        if self._at_once is not None:
+            self._at_once.forget()
 
     def _update(self, closure: Callable[[], Any] | None) -> Any:
         views, update = self._views, unhooked_step(self._optimizer_cls)
         result = None
-        if closure is not None and self._elementwise is None:
+        if closure is not None and self._at_once is None:
 
             def evaluate() -> Any:
                 loss = closure()
@@ -195,7 +194,7 @@ class ViewOptimizer(PerModelOptimizer):
             with torch.enable_grad():
                 result = closure()
         self._clip()
-        if self._elementwise is None or not self._elementwise.step(self.__dict__["param_groups"]):
+        if self._at_once is None or not self._at_once.step(self.__dict__["param_groups"]):
             views.refresh()
             update(self)
         elif views.shown:
