@@ -83,7 +83,8 @@ STABLE_TORCH_LIBRARY(modelbatch, m) {
   m.def(
       "rprop_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] prevs, "
       "Tensor(c!)[] step_sizes, Tensor(d!) step, " MB_OPTIM_COMMON);
-  // mu_product, eta and mu are float32 [M] and contiguous: at first 1, lr and 1.
+  // mu_product, eta and mu are float32 [M] (on the CPU also float64) and contiguous; a model's first
+  // step does not read them.
   m.def(
       "nadam_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, "
       "Tensor(c!)[] exp_avg_sqs, Tensor(d!) mu_product, Tensor(e!) step, " MB_OPTIM_COMMON);

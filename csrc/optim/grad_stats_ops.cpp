@@ -13,7 +13,7 @@ namespace {
 std::tuple<Tensor, Tensor> grad_stats_cpu(const TensorList& grads) {
   const GradStatsArgs args = checked_grad_stats_args(grads);
   std::vector<Gradient> gradients;
-  std::vector<Layout> layouts;
+  std::vector<StridedLayout> layouts;
   Units units;
   Ints order;
   for (const StackedTensor& grad : args.grads) {

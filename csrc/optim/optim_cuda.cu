@@ -74,7 +74,7 @@ struct GradTransform;
 #define MB_NADAM_STATES 2
 #define MB_NADAM_USES(c, state) true
 #define MB_NADAM_POINTERS(s) (s), (s) + 1
-#define MB_ASGD_STEP models.scalars[0][model], models.scalars[1][model]
+#define MB_ASGD_STEP step, models.scalars[0][model], models.scalars[1][model], 0
 #define MB_ASGD_STATES 1
 #define MB_ASGD_USES(c, state) true
 #define MB_ASGD_POINTERS(s) (s)

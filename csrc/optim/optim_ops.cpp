@@ -143,9 +143,9 @@ struct Worker {
         break;
       }
       case MB_RULE_ASGD: {
-        const mb_asgd_f64 c = mb_asgd_coefficients(
-            args.hyper, count, model, step, scalar(args, 0, model), scalar(args, 1, model),
-            args.wide_scalars[0] != nullptr);
+        const mb_asgd_f64 c =
+            mb_asgd_coefficients(args.hyper, count, model, step, scalar(args, 0, model),
+                                 scalar(args, 1, model), args.wide_scalars[0] != nullptr);
         wide ? void(to.asgd_f64 = c) : void(to.asgd_f32 = mb_asgd_round_f32(c));
         break;
       }
@@ -177,24 +177,10 @@ struct EntryPlan {
 
 struct StepPlan {
   std::vector<EntryPlan> entries;
-  std::vector<Layout> layouts;
+  std::vector<StridedLayout> layouts;
   Units units;
-  // Tensors of unusual strides are worked on as contiguous copies: (tensor, copy).
-  std::vector<std::pair<Tensor, Tensor>> copies;
+  WorkingCopies copies;
 };
-
-bool same_order(const StackedTensor& a, const StackedTensor& b, const Ints& order) {
-  return std::all_of(order.begin(), order.end(),
-                     [&](int64_t dim) { return a.strides[dim] == b.strides[dim]; });
-}
-
-// The tensor, or a contiguous copy that is written back after the step.
-StackedTensor contiguous_or_copy(const Tensor& tensor, const StackedTensor& stacked,
-                                 const Ints& row_major, StepPlan& plan) {
-  if (is_dense(stacked, row_major)) return stacked;
-  plan.copies.emplace_back(tensor, torch::stable::contiguous(tensor));
-  return read_stacked(plan.copies.back().second, true);
-}
 
 StepPlan planned_step(OptimArgs& args, const TensorList& params,
                       std::initializer_list<const TensorList*> states) {
@@ -207,21 +193,7 @@ StepPlan planned_step(OptimArgs& args, const TensorList& params,
     EntryPlan& to = plan.entries.emplace_back();
     plan.units.add(entry.slice_numel);
     if (entry.slice_numel == 0 || args.num_models == 0) continue;
-    row_major_order(entry.param, order);
-    if (!is_dense(entry.param, order)) memory_order(entry.param, order);
-    bool is_usual = is_dense(entry.param, order);
-    for (const StackedTensor& state : entry.states) {
-      is_usual = is_usual && (state.data == nullptr || same_order(state, entry.param, order));
-    }
-    if (!is_usual) {
-      row_major_order(entry.param, order);
-      entry.param = contiguous_or_copy(params[i], entry.param, order, plan);
-      int index = 0;
-      for (const TensorList* list : states) {
-        StackedTensor& state = entry.states[index++];
-        if (state.data != nullptr) state = contiguous_or_copy((*list)[i], state, order, plan);
-      }
-    }
+    find_common_order(entry, params[i], states, i, order, plan.copies);
     to.param = Slices(entry.param, bytes);
     for (int state = 0; state < MB_OPTIM_MAX_STATES; ++state) {
       if (entry.states[state].data != nullptr) {
@@ -267,8 +239,9 @@ void step_cpu(mb_optim_rule rule, const TensorList& params, const TensorList& gr
               const std::optional<Tensor>& nonfinite, const std::optional<Tensor>& inv_scale,
               const std::optional<Tensor>& clip_factor, const std::optional<Tensor>& clip_value,
               std::initializer_list<const Tensor*> scalars = {}) {
-  OptimArgs args = checked_optim_args(rule, params, grads, states, step, hyper, active, nonfinite,
-                                      inv_scale, clip_factor, clip_value, scalars, /*may_be_wide=*/true);
+  OptimArgs args =
+      checked_optim_args(rule, params, grads, states, step, hyper, active, nonfinite, inv_scale,
+                         clip_factor, clip_value, scalars, /*may_be_wide=*/true);
   check_states_asked_for(args);
   StepPlan plan = planned_step(args, params, states);
   const Ints live = live_models(args);
@@ -295,9 +268,7 @@ void step_cpu(mb_optim_rule rule, const TensorList& params, const TensorList& gr
   };
   for_each_unit(static_cast<int64_t>(live.size()), plan.units, [] { return Worker(); }, body);
   for (int64_t model : live) count_step(args, model);
-  for (const auto& [tensor, copy] : plan.copies) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(tensor.get(), copy.get(), 0));
-  }
+  write_back(plan.copies);
 }
 
 using Maybe = std::optional<Tensor>;

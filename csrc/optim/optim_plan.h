@@ -5,6 +5,7 @@
 
 #include "common/dispatch.h"
 #include "optim/optim_args.h"
+#include "optim/optim_layout.h"
 
 MB_DECLARE_TABLE(mb_optim_kernels)
 
@@ -24,60 +25,12 @@ inline const mb_optim_kernels& optim_kernels() {
 
 inline constexpr std::array<int64_t, MB_OPTIM_DTYPES> kOptimBytes = {4, 8, 2, 2};
 
-// ---- memory layouts -----------------------------------------------------------------------------
+// ---- memory
+// ---------------------------------------------------------------------------------------
 
-using Ints = std::vector<int64_t>;
-
-// The slice's dimensions longer than 1, outermost in memory first.
-inline void memory_order(const StackedTensor& tensor, Ints& order) {
-  order.clear();
-  for (int64_t dim = 1; dim < tensor.dims; ++dim) {
-    if (tensor.sizes[dim] == 1) continue;
-    order.push_back(dim);
-    for (size_t at = order.size() - 1; at > 0; --at) {
-      if (tensor.strides[order[at - 1]] >= tensor.strides[dim]) break;
-      std::swap(order[at - 1], order[at]);
-    }
-  }
+inline mb_optim_layout view_of(const StridedLayout& layout) {
+  return {static_cast<int64_t>(layout.sizes.size()), layout.sizes.data(), layout.strides.data()};
 }
-
-inline void row_major_order(const StackedTensor& tensor, Ints& order) {
-  order.clear();
-  for (int64_t dim = 1; dim < tensor.dims; ++dim) {
-    if (tensor.sizes[dim] != 1) order.push_back(dim);
-  }
-}
-
-// Whether the slice is one run of memory in that order of its dimensions.
-inline bool is_dense(const StackedTensor& tensor, const Ints& order) {
-  int64_t expected = 1;
-  for (size_t at = order.size(); at-- > 0;) {
-    if (tensor.strides[order[at]] != expected) return false;
-    expected *= tensor.sizes[order[at]];
-  }
-  return true;
-}
-
-// How a slice that is not dense in that order is gathered.
-struct Layout {
-  Ints sizes, strides;
-
-  Layout(const StackedTensor& tensor, const Ints& order) {
-    for (int64_t dim : order) {
-      const int64_t size = tensor.sizes[dim], stride = tensor.strides[dim];
-      if (!sizes.empty() && strides.back() == stride * size) {
-        sizes.back() *= size;
-        strides.back() = stride;
-      } else {
-        sizes.push_back(size);
-        strides.push_back(stride);
-      }
-    }
-  }
-  mb_optim_layout view() const {
-    return {static_cast<int64_t>(sizes.size()), sizes.data(), strides.data()};
-  }
-};
 
 // A tensor as the kernels see it: the bytes where model 0's slice begins and from one model's slice
 // to the next.
@@ -98,7 +51,7 @@ struct Gradient {
 };
 
 inline Gradient planned_gradient(const StackedTensor& grad, const Ints& order, int64_t bytes,
-                                 std::vector<Layout>& layouts) {
+                                 std::vector<StridedLayout>& layouts) {
   Gradient plan;
   plan.slices = Slices(grad, bytes);
   if (!is_dense(grad, order)) {
@@ -185,13 +138,13 @@ void for_each_unit(int64_t rows, const Units& units, const Open& open, const Bod
 }
 
 // The gradient's elements of a unit as a dense run, gathered into `buffer` where it is not.
-inline const void* dense_gradient(const Gradient& grad, const std::vector<Layout>& layouts,
+inline const void* dense_gradient(const Gradient& grad, const std::vector<StridedLayout>& layouts,
                                   int64_t model, const Unit& unit, int dtype,
                                   std::unique_ptr<char[]>& buffer) {
   const char* slice = grad.slices.of(model);
   if (grad.layout < 0) return slice + unit.begin * kOptimBytes[dtype];
   if (buffer == nullptr) buffer.reset(new char[kOptimUnit * kOptimBytes[dtype]]);
-  const mb_optim_layout layout = layouts[grad.layout].view();
+  const mb_optim_layout layout = view_of(layouts[grad.layout]);
   optim_kernels().gather[dtype](buffer.get(), slice, &layout, unit.begin, unit.end);
   return buffer.get();
 }

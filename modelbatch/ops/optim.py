@@ -9,8 +9,9 @@ Every model has its own options, its own count of steps and may sit out a step:
   every model that it updates (`sgd_step_`: for those of them that have momentum).
 * ``active`` and ``nonfinite``, bool ``[M]``: a model that is not active, or is nonfinite, is left
   alone. Its parameters, gradients and states are not even read, and its step does not count.
-* ``inv_scale``, float32, and ``clip_factor``, float64 ``[M]``: the gradient is multiplied by the one, then by
-  the other; ``clip_value``, float64 ``[M]``: then it is clamped to ``[-clip_value, clip_value]``.
+* ``inv_scale``, float32, and ``clip_factor``, float64 ``[M]``: the gradient is multiplied by the
+  one, then by the other; ``clip_value``, float64 ``[M]``: then it is clamped to
+  ``[-clip_value, clip_value]``.
   The tensors in ``grads`` are not changed.
 
 Parameters and gradients are float32, float64, bfloat16 or float16, all of one dtype. States are
@@ -362,8 +363,8 @@ def rprop_step_(
         params: the parameters ``[M, ...]``, changed in place.
         grads: their gradients.
         prevs: the previous gradients, one per parameter.
-        step_sizes: the step sizes, one per parameter, filled with each model's ``lr`` before the
-            first step. The row ``lr`` itself is not read.
+        step_sizes: the step sizes, one per parameter. At a model's first step, and only then,
+            they are its ``lr``, whatever they hold.
         step: float32 ``[M]``.
         hyper: float64 ``[6, M]``, rows `HYPER_ROWS` ``["rprop"]``.
         active: bool ``[M]``, see above, as for the other four.
@@ -398,7 +399,9 @@ def nadam_step_(
         grads: their gradients.
         exp_avgs: the first moments, one per parameter.
         exp_avg_sqs: the second moments, one per parameter.
-        mu_product: float32 ``[M]`` and contiguous, 1 before the first step; changed in place.
+        mu_product: ``[M]`` and contiguous, changed in place; not read at a model's first step. It
+            is float32, on the CPU also float64: torch has it in its default dtype, and in the
+            parameter's own once a state was loaded.
         step: float32 ``[M]``.
         hyper: float64 ``[8, M]``, rows `HYPER_ROWS` ``["nadam"]``.
         active: bool ``[M]``, see above, as for the other four.
@@ -432,8 +435,10 @@ def asgd_step_(
         params: the parameters ``[M, ...]``, changed in place.
         grads: their gradients.
         axs: the averages, one per parameter.
-        eta: float32 ``[M]`` and contiguous, ``lr`` before the first step; changed in place.
-        mu: float32 ``[M]`` and contiguous, 1 before the first step; changed in place.
+        eta: the step sizes, ``[M]`` and contiguous, changed in place; not read at a model's first
+            step, when it is ``lr``. It is float32, on the CPU also float64: torch has it in its
+            default dtype.
+        mu: the weights of the averages, likewise and of the same dtype; 1 at the first step.
         step: float32 ``[M]``.
         hyper: float64 ``[6, M]``, rows `HYPER_ROWS` ``["asgd"]``.
         active: bool ``[M]``, see above, as for the other four.

@@ -49,7 +49,7 @@ class _Stack:
 
 
 class AdafactorStep:
-    """The steps of a bundle's Adafactor after the first, as far as all models can take them at once.
+    """The steps of a bundle's Adafactor after its first, where all models can take them at once.
 
     Args:
         optimizer: the bundle's optimizer.

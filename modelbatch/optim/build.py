@@ -26,9 +26,9 @@ def build_optimizer(
 ) -> Optimizer:
     """Builds an optimizer of any torch class whose group i is model i.
 
-    The classes in `RULES` update all models by one operator. LBFGS searches for all models at once,
-    and Adafactor computes on the stacked tensors. Every other class, also a subclass of these, steps
-    model by model.
+    The classes in `RULES` update all models by one operator. Adafactor computes on the stacked
+    tensors, and LBFGS searches for all models at once. Every other class, also a subclass of these,
+    steps model by model.
 
     Args:
         stacked: the stacked parameters, contiguous `[M, *shape]` leaves under the models' own

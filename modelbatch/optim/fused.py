@@ -56,25 +56,25 @@ def build_fused_optimizer(
 class _Call:
     """One call of the operator: the tensors of entries with one dtype and the same numbers."""
 
-    __slots__ = ("entries", "numbers", "params", "states")
+    __slots__ = ("entries", "params", "states", "step")
 
     def __init__(self, entries: list[Entry], rule: Rule) -> None:
         self.entries = entries
         self.params = [entry.param for entry in entries]
-        self.states = [
+        self.step, *scalars = entries[0].numbers
+        lists = [
             [state for entry in entries if (state := entry.states[which]) is not None]
             for which in range(len(rule.states))
         ]
-        step, *scalars = entries[0].numbers
-        self.numbers = [*scalars, step]
+        self.states: list[Any] = [*lists, *scalars]
 
 
 class FusedOptimizer(LoadingOptimizer):
     """Mixin that steps M models of a torch optimizer class by one operator.
 
     The states are stacked `[M, *shape]` tensors, and vectors of step counts and what else has one
-    number per model; every option is such a vector too. `param_groups`, `state` and state dicts have torch's form,
-    with M groups.
+    number per model; every option is such a vector too. `param_groups`, `state` and state dicts
+    have torch's form, with M groups.
 
     The gradients stay as backward left them: unscaling and clipping happen on the way to the
     update.
@@ -159,7 +159,12 @@ class FusedOptimizer(LoadingOptimizer):
             entry.numbers = shared.setdefault(kind, entry.numbers)
             if first is not None:
                 entry.allocate(0, first)
-        self._state = StateViews(self._rule, self._entries, self._views.rows, groups)
+        self._state = StateViews(
+            self._rule, self._entries, self._views.rows, groups, self._forget_plan
+        )
+        self._forget_plan()
+
+    def _forget_plan(self) -> None:
         self._pattern = None
 
     def _first_states(self, groups: list[dict[str, Any]]) -> list[float] | None:
@@ -227,8 +232,7 @@ class FusedOptimizer(LoadingOptimizer):
             scaling = self._scaling([grad for grads in by_call for grad in grads])
         matrix, active, operator = self._table.matrix, self._active, self._rule.operator
         for call, own in zip(self._calls, by_call, strict=True):
-            rest = (*call.numbers, matrix, active, nonfinite, *scaling)
-            operator(call.params, own, *call.states, *rest)
+            operator(call.params, own, *call.states, call.step, matrix, active, nonfinite, *scaling)
         # The operator writes below autograd, which must learn that saved parameters changed.
         torch.autograd.graph.increment_version(self._views.stacked)
 

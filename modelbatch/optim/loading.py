@@ -24,7 +24,6 @@ class LoadingOptimizer(PerModelOptimizer):
 
     _rule: Rule
     _state: StateViews
-    _pattern: list[bool] | None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `state_dict` of a bundle of as many models gave.
@@ -115,7 +114,6 @@ class LoadingOptimizer(PerModelOptimizer):
         self.__dict__["param_groups"][i].update(options)
         for param, values in zip(self._views.params[i], states, strict=True):
             self._state[param] = self._cast(param, values or {})
-        self._pattern = None
 
     def _cast(self, param: Tensor, values: Mapping[str, Any]) -> Mapping[str, Any]:
         """The state with its scalars in the dtype that torch gives them by loading."""

@@ -145,9 +145,7 @@ RULES: dict[type[Optimizer], Rule] = {
     Adamax: _rule("adamax", ("exp_avg", "exp_inf")),
     RAdam: _rule("radam", ("exp_avg", "exp_avg_sq")),
     Rprop: _rule("rprop", ("prev", "step_size")),
-    NAdam: _rule(
-        "nadam", ("exp_avg", "exp_avg_sq"), scalars=("mu_product",), loading_widens=True
-    ),
+    NAdam: _rule("nadam", ("exp_avg", "exp_avg_sq"), scalars=("mu_product",), loading_widens=True),
     # It rounds its scalars to the default dtype at every step, loaded or not.
     ASGD: _rule("asgd", ("ax",), scalars=("eta", "mu")),
 }

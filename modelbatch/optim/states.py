@@ -1,6 +1,6 @@
 """The state of a fused optimizer: stacked tensors inside, one state per parameter outside."""
 
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -94,6 +94,7 @@ class StateViews(MutableMapping[Tensor, dict[str, Any]]):
         entries: one per stacked parameter.
         params: the models' own parameters, `params[k][i]` being row i of entry k.
         groups: the models' options.
+        changed: called after a state was set or cleared, when entries may no longer share numbers.
     """
 
     def __init__(
@@ -102,10 +103,12 @@ class StateViews(MutableMapping[Tensor, dict[str, Any]]):
         entries: list[Entry],
         params: Sequence[Sequence[nn.Parameter]],
         groups: Sequence[Mapping[str, Any]],
+        changed: Callable[[], None],
     ) -> None:
         self._rule = rule
         self._entries = entries
         self._groups = groups
+        self._changed = changed
         self._place: dict[Tensor, tuple[int, int]] = {
             param: (i, k) for k, rows in enumerate(params) for i, param in enumerate(rows)
         }
@@ -156,6 +159,7 @@ class StateViews(MutableMapping[Tensor, dict[str, Any]]):
                 state[i].fill_(rule.first_state(self._groups[i]))
             else:
                 state[i].zero_()
+        self._changed()
 
     def __getitem__(self, param: Tensor) -> dict[str, Any]:
         # Like the defaultdict of torch's optimizers, but what is put into a fresh dict is lost.

@@ -1,5 +1,6 @@
 """The optimizer operators: the numbers, against torch.optim for each model alone."""
 
+import copy
 import math
 
 import pytest
@@ -92,6 +93,25 @@ def test_adamw_decouples_whatever_the_row_says():
     expected, _, _ = run(RULES["adam"], params, grads, models=decoupled)
     result, _, _ = run(RULES["adamw"], params, grads, models=models)
     assert_same_bits(result, expected)
+
+
+def test_the_step_sizes_of_rprop_begin_with_the_learning_rate():
+    rule = RULES["rprop"]
+    params, grads = make_tensors(steps=3)
+    expected, expected_states = run_torch(rule, params, grads)
+    states = make_states(rule, params)
+    for sizes in states[1]:
+        sizes.fill_(torch.nan)
+    result, states, _ = run(rule, params, grads, states)
+    torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(states, expected_states, rtol=1e-12, atol=1e-13)
+    # From then on the rate does not matter.
+    half = [{**options, "lr": options["lr"] / 2} for options in rule.models]
+    first, second = (
+        run(rule, params, grads, copy.deepcopy(states), torch.ones(M), models)[0]
+        for models in (rule.models, half)
+    )
+    assert_same_bits(first, second)
 
 
 def test_weight_decay_zero_does_not_read_the_parameter_into_the_gradient():

@@ -34,19 +34,17 @@ SCALARS = {"nadam": ("mu_product",), "asgd": ("eta", "mu")}
 both_rules = pytest.mark.parametrize("rule", [NADAM, ASGD], ids=SCALARS)
 
 
-def make_scalars(rule):
-    """What torch.optim begins with."""
-    if rule.name == "nadam":
-        return [torch.ones(M)]
-    return [torch.tensor([o["lr"] for o in rule.models]), torch.ones(M)]
+def make_scalars(rule, dtype=torch.float32):
+    """No number that the first step could use: torch.optim's own beginnings are to be used."""
+    return [torch.full((M,), torch.nan, dtype=dtype) for _ in SCALARS[rule.name]]
 
 
-def run(rule, params, grads, **common):
+def run(rule, params, grads, scalar_dtype=torch.float32, **common):
     params = [p.clone() for p in params]
     states = [
         [torch.zeros_like(p, dtype=STATE_DTYPE[p.dtype]) for p in params] for _ in rule.states
     ]
-    scalars, step = make_scalars(rule), torch.zeros(M)
+    scalars, step = make_scalars(rule, scalar_dtype), torch.zeros(M)
     for now in grads:
         rule.step_(params, now, *states, *scalars, step, rule.hyper(), **common)
     return params, states, scalars, step
@@ -57,22 +55,29 @@ def flat(tensors):
 
 
 @both_rules
-def test_float64_equals_torch(rule):
+@pytest.mark.parametrize("scalar_dtype", [torch.float32, torch.float64])
+def test_float64_equals_torch(rule, scalar_dtype):
+    # torch has them in the default dtype.
+    torch.set_default_dtype(scalar_dtype)
     params, grads = make_tensors()
     expected, expected_states = run_torch(rule, params, grads)
-    result, states, scalars, step = run(rule, params, grads)
+    torch.set_default_dtype(torch.float32)
+    result, states, scalars, step = run(rule, params, grads, scalar_dtype)
     torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-13)
     torch.testing.assert_close(states, expected_states, rtol=1e-12, atol=1e-13)
     assert step.tolist() == [10.0] * M
     for model, options in enumerate(rule.models):
         p = params[0][model].clone()
+        torch.set_default_dtype(scalar_dtype)
         optimizer = rule.torch_class([p], **options)
         for now in grads:
             p.grad = now[0][model]
             optimizer.step()
+        torch.set_default_dtype(torch.float32)
+        rtol = 1e-6 if scalar_dtype == torch.float32 else 1e-12
         for name, scalar in zip(SCALARS[rule.name], scalars, strict=True):
-            # pow may differ by a unit of the last place in double, before it is rounded to float32.
-            torch.testing.assert_close(scalar[model], optimizer.state[p][name], rtol=1e-6, atol=0)
+            # pow may differ by a unit of the last place in double, before it is rounded.
+            torch.testing.assert_close(scalar[model], optimizer.state[p][name], rtol=rtol, atol=0)
 
 
 @both_rules
@@ -113,22 +118,34 @@ def test_a_skipped_model_is_left_alone(rule):
     for ours, theirs in zip([result[0], result[2]], [expected[0], expected[2]], strict=True):
         assert_same_bits([t[active] for t in ours], [t[active] for t in theirs])
     assert_same_bits([t[~active] for t in result[0]], [t[~active] for t in params])
-    assert_same_bits([s[~active] for s in result[2]], [s[~active] for s in make_scalars(rule)])
+    assert all(scalar[~active].isnan().all() for scalar in result[2])
     assert torch.equal(result[3], 3.0 * active)
+
+
+def test_scalars_of_different_dtypes_are_refused():
+    params, grads = make_tensors(steps=1)
+    averages = [torch.zeros_like(p) for p in params]
+    for dtypes in ((torch.float32, torch.float64), (torch.float64, torch.float32)):
+        eta, mu = (torch.ones(M, dtype=dtype) for dtype in dtypes)
+        with pytest.raises(RuntimeError, match="mu must be float(32|64 as the first)"):
+            optim.asgd_step_(params, grads[0], averages, eta, mu, torch.zeros(M), ASGD.hyper())
 
 
 @both_rules
 def test_opcheck(rule):
     params, grads = make_tensors([(3, 4), ()], dtype=torch.float32, steps=1)
     states = [[torch.zeros_like(p) for p in params] for _ in rule.states]
-    args = (params, grads[0], *states, *make_scalars(rule), torch.zeros(M), rule.hyper())
+    # opcheck compares with a second call, to which NaN would not be equal.
+    scalars = [torch.ones(M) for _ in SCALARS[rule.name]]
+    args = (params, grads[0], *states, *scalars, torch.zeros(M), rule.hyper())
     torch.library.opcheck(getattr(torch.ops.modelbatch, f"{rule.name}_step_").default, args)
 
 
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (torch.ones(M).double(), "mu_product must be float32"),
+        (torch.ones(M).half(), "mu_product must be float32"),
+        (torch.ones(M - 1).double(), r"mu_product must have shape \[5\]"),
         (torch.ones(M - 1), r"mu_product must have shape \[5\]"),
         (torch.ones(1).expand(M), "mu_product must be contiguous"),
     ],

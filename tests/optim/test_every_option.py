@@ -68,6 +68,8 @@ OWN_VALUES: dict[tuple[str, str], list[Any]] = {
     ("Muon", "momentum"): [0.95, 0.5, 0.0],
     ("SparseAdam", "lr"): [0.01, 0.03, 0.02],
     ("LBFGS", "lr"): [0.5, 0.1, 1.0],
+    # With True, torch computes the rate in single precision: test_rules.py.
+    ("ASGD", "foreach"): [None, False, False],
 }
 # What else an option needs to matter, or to be permitted.
 WITH: dict[tuple[str, str], list[dict[str, Any]]] = {

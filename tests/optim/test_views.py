@@ -9,11 +9,10 @@ import torch.nn.functional as F
 from torch import nn, optim
 
 from modelbatch.errors import BatchingError, FallbackWarning, ModelBatchError
-from modelbatch.optim import ViewOptimizer, build_view_optimizer
+from modelbatch.optim import ViewOptimizer, build_optimizer, build_view_optimizer
 from modelbatch.optim.views import announce
 
-# Computed on the stacked tensors, after a first step that makes the states.
-ELEMENTWISE = [
+AT_ONCE = [
     optim.Adadelta, optim.Adafactor, optim.Adamax, optim.ASGD, optim.NAdam, optim.RAdam, optim.Rprop
 ]  # fmt: skip
 
@@ -221,7 +220,7 @@ class TwoHeads(nn.Module):
         return self.fixed * (self.second(x) if use_second else self.first(x))
 
 
-@pytest.mark.parametrize("optimizer_cls", [optim.SGD, optim.Adam, optim.Adagrad, *ELEMENTWISE])
+@pytest.mark.parametrize("optimizer_cls", [optim.SGD, optim.Adam, optim.Adagrad, *AT_ONCE])
 def test_parameters_that_get_gradients_late(optimizer_cls, hand_made):
     """A head without gradient is skipped, and its state begins when the first one comes."""
     options = {"momentum": 0.9, "weight_decay": 0.1} if optimizer_cls is optim.SGD else {}
@@ -255,9 +254,7 @@ class Tied(nn.Module):
 
 
 # Adafactor divides by the number of elements, which is 0 for one of these.
-@pytest.mark.parametrize(
-    "optimizer_cls", [optim.Adam, optim.SGD, *ELEMENTWISE[:1], *ELEMENTWISE[2:]]
-)
+@pytest.mark.parametrize("optimizer_cls", [optim.Adam, optim.SGD, *AT_ONCE[:1], *AT_ONCE[2:]])
 def test_tied_scalar_and_empty_parameters(optimizer_cls, hand_made):
     configs = [{"lr": 0.1}, {"lr": 0.01}, {"lr": 0.02}]
     bundle = hand_made(Tied)
@@ -271,7 +268,7 @@ def test_tied_scalar_and_empty_parameters(optimizer_cls, hand_made):
     assert bundle.worst_error() <= 1e-12
 
 
-@pytest.mark.parametrize("optimizer_cls", [optim.Adam, optim.SGD, *ELEMENTWISE])
+@pytest.mark.parametrize("optimizer_cls", [optim.Adam, optim.SGD, *AT_ONCE])
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
 def test_nonfinite_numbers_stay_in_their_model(number, optimizer_cls, hand_made, regression):
     results = []
@@ -321,12 +318,23 @@ class TestAnnounce:
                 announce(optimizer_cls, "error")
             announce(optimizer_cls, "silent")
 
-    def test_classes_that_do_not(self):
-        for optimizer_cls in (optim.LBFGS, *ELEMENTWISE):
-            announce(optimizer_cls, "error")
-        half = [torch.zeros(3, 2, dtype=torch.bfloat16)]
-        with pytest.warns(FallbackWarning, match="NAdam"):
-            announce(optim.NAdam, "warn", half)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+    def test_classes_that_do_not(self, dtype, hand_made, cases):
+        model_by_model = {optim.Muon}
+        if dtype == torch.bfloat16:
+            model_by_model.add(optim.Adafactor)
+        for optimizer_cls in {cls for cls, _ in cases.values()} | {optim.LBFGS}:
+            bundle = hand_made(optimizer_cls, dtype=dtype)
+            arguments = (bundle.stacked, bundle.models, optimizer_cls, [{}] * 3)
+
+            def build(arguments=arguments):
+                return build_optimizer(*arguments, active=lambda: [True] * 3, fallback="error")
+
+            if optimizer_cls in model_by_model:
+                with pytest.raises(BatchingError, match=optimizer_cls.__name__):
+                    build()
+            else:
+                build()
 
 
 class SharpnessAware(optim.Optimizer):
