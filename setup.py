@@ -60,8 +60,8 @@ COMMON_FLAGS += ["-Wall", "-Wextra"]
 # Extra flags of a family. A product and a sum may fuse wherever the processor can, except where the
 # results must not depend on the processor.
 SAME_EVERYWHERE = ("loss", "optim", "pointwise", "random")
-FAMILY_FLAGS = dict.fromkeys(SAME_EVERYWHERE, ["-ffp-contract=off"])
-FAMILY_NVCC_FLAGS = dict.fromkeys(SAME_EVERYWHERE, ["-fmad=false"])
+FAMILY_FLAGS = {family: ["-ffp-contract=off"] for family in SAME_EVERYWHERE}
+FAMILY_NVCC_FLAGS = {family: ["-fmad=false"] for family in SAME_EVERYWHERE}
 DEFAULT_FAMILY_FLAGS = ["-ffp-contract=fast"]
 ISA_FLAGS = {
     "baseline": [],

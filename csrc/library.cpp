@@ -39,14 +39,15 @@ STABLE_TORCH_LIBRARY(modelbatch, m) {
   m.def("tanh(Tensor input) -> Tensor");
 
   // norm: batch normalisation with every model's own batch statistics. input [M, B, C, *S], weight
-  // and bias [M, C], eps float64 [M]; mean and (biased) var are [M, C] in the accumulation dtype.
+  // and bias [M, C], eps float64 [M], sample_weight [M, B]: what each sample counts for in the
+  // statistics; mean and (biased) var are [M, C] in the accumulation dtype.
   m.def(
-      "batch_norm_train(Tensor input, Tensor? weight, Tensor? bias, Tensor eps) "
-      "-> (Tensor, Tensor, Tensor)");
+      "batch_norm_train(Tensor input, Tensor? weight, Tensor? bias, Tensor eps, "
+      "Tensor? sample_weight=None) -> (Tensor, Tensor, Tensor)");
   m.def(
       "batch_norm_train_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor mean, "
-      "Tensor var, Tensor eps, bool need_input, bool need_weight, bool need_bias) "
-      "-> (Tensor, Tensor, Tensor)");
+      "Tensor var, Tensor eps, bool need_input, bool need_weight, bool need_bias, "
+      "Tensor? sample_weight=None) -> (Tensor, Tensor, Tensor)");
 
   // optim: one step of every model's own optimizer, in place. Parameters, gradients and states are
   // lists of [M, ...]; a list of states that no model needs is empty. step is float32 [M]; hyper
@@ -83,8 +84,8 @@ STABLE_TORCH_LIBRARY(modelbatch, m) {
   m.def(
       "rprop_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] prevs, "
       "Tensor(c!)[] step_sizes, Tensor(d!) step, " MB_OPTIM_COMMON);
-  // mu_product, eta and mu are float32 [M] (on the CPU also float64) and contiguous; a model's first
-  // step does not read them.
+  // mu_product, eta and mu are float32 [M] (on the CPU also float64) and contiguous; a model's
+  // first step does not read them.
   m.def(
       "nadam_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, "
       "Tensor(c!)[] exp_avg_sqs, Tensor(d!) mu_product, Tensor(e!) step, " MB_OPTIM_COMMON);

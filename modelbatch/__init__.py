@@ -3,6 +3,26 @@
 from . import _extension as _extension  # registers the operators
 from ._version import __version__ as __version__
 from .batch import ModelBatch as ModelBatch
+from .callbacks import (
+    BestModel as BestModel,
+    Callback as Callback,
+    CallbackPack as CallbackPack,
+    Checkpoint as Checkpoint,
+    EarlyStopping as EarlyStopping,
+    Event as Event,
+    MetricsLogger as MetricsLogger,
+    NaNCallback as NaNCallback,
+    ProgressBar as ProgressBar,
+    TensorBoardCallback as TensorBoardCallback,
+    WandbCallback as WandbCallback,
+)
+from .data import (
+    DataRouter as DataRouter,
+    PerModelLoader as PerModelLoader,
+    RoutedBatch as RoutedBatch,
+    StratifiedDataRouter as StratifiedDataRouter,
+    create_random_masks as create_random_masks,
+)
 from .errors import (
     BatchingError as BatchingError,
     CheckpointError as CheckpointError,
@@ -17,4 +37,10 @@ from .optim import (
     create_adam_configs as create_adam_configs,
     create_lr_sweep_configs as create_lr_sweep_configs,
     create_sgd_configs as create_sgd_configs,
+)
+from .training import (
+    History as History,
+    accuracy as accuracy,
+    fit as fit,
+    train_one_epoch as train_one_epoch,
 )

@@ -68,6 +68,9 @@ class PerModelFloat(float):
     def __repr__(self) -> str:
         return f"PerModelFloat({list(self.values)})"
 
+    def __reduce__(self) -> Any:
+        return PerModelFloat, (self.values,)
+
     def _refuse(self, *_: Any) -> NoReturn:
         raise BatchingError(
             "a number that differs between the models is used in plain Python arithmetic: "

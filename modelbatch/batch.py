@@ -218,8 +218,8 @@ class ModelBatch(Steps):
                 wrapped in `modelbatch.per_model`.
             loss_fn: called for one model's (outputs, targets); returns one number.
             sample_weight: `[B]` for all models or `[M, B]`; the loss of a model is then the mean
-                over its samples by weight. A sample of weight 0 takes no part; its input must
-                still be finite, because the backward multiplies it by a gradient of zero.
+                over its samples by weight. A sample of weight 0 takes no part. Its input may
+                even be NaN if the forward ran in `train_step` or inside `sample_weights`.
             reduction: `"mean"`, `"sum"` (over active models) or `"none"`.
 
         Returns:
@@ -314,15 +314,16 @@ class ModelBatch(Steps):
         """Losses and metrics of every model over a data set, in eval mode and without gradients.
 
         Args:
-            loader: yields (x, y); see `train_step`.
+            loader: yields (x, y), see `train_step`, (x, y, sample_weight) or `RoutedBatch`.
             loss_fn: one model's (outputs, targets) to one number, a mean over the batch.
             metric_fns: further such functions by name.
 
         Returns:
-            `{"loss": [M], name: [M], ...}`, means over all samples.
+            `{"loss": [M], name: [M], ...}`, means over all samples by weight; NaN for a model
+            without samples.
 
         Raises:
-            ModelBatchError: if the loader is empty or yields something other than pairs.
+            ModelBatchError: if the loader is empty or yields something else.
         """
         return evaluation.evaluate(self, loader, loss_fn, dict(metric_fns or {}))
 

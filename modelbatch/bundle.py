@@ -1,6 +1,7 @@
 """What a bundle holds: the models, their stacked tensors, and which of them train."""
 
 import copy
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -214,6 +215,103 @@ class Bundle(nn.Module):
         self._optimizer, self._grad_scaler = optimizer, grad_scaler
         return optimizer
 
+    # ---- checkpoints
+
+    def save_all(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        per_model: bool = False,
+        states: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Save everything that training goes on from: see the guide on checkpoints.
+
+        A crash at any instant leaves the checkpoint that was there before, or the new one, whole.
+
+        Args:
+            directory: made if need be. A checkpoint in it is replaced; other files in it stay.
+            per_model: write `model_0007/model.safetensors` for each model besides, which plain
+                torch loads.
+            states: further objects that have `state_dict()` and `load_state_dict()`, by names of
+                your own: schedulers, loaders, callbacks. What they return may hold plain Python
+                and numpy values, and tensors.
+
+        Raises:
+            CheckpointError: something cannot be saved, or the directory cannot be written. The
+                checkpoint that was there is untouched.
+        """
+        from .checkpoint import save_all
+
+        save_all(self, directory, per_model=per_model, states=states)
+
+    def load_all(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        indices: Sequence[int] | None = None,
+        states: Mapping[str, Any] | None = None,
+        strict: bool = True,
+    ) -> None:
+        """Load what `save_all` saved: weights, optimizer, random streams and all else, in place.
+
+        Nothing is unpickled. The bundle may be on another device and have another precision than
+        the one that was saved.
+
+        Args:
+            directory: of the checkpoint.
+            indices: for each of the bundle's models the one of the checkpoint that it becomes; by
+                default they have equally many, in the same order.
+            states: the objects to load what was saved under these names into. States in the
+                checkpoint that are not named here are left alone.
+            strict: demand that the checkpoint has whatever the bundle and `states` need, and no
+                tensors beyond. Otherwise what is missing, or is of another optimizer class or kind
+                of random stream, stays as it is in the bundle.
+
+        Raises:
+            CheckpointError: no checkpoint, a damaged one, or one that does not fit. The message
+                names file and tensor, and the bundle and `states` are as before.
+        """
+        from .checkpoint import load_all
+
+        load_all(self, directory, indices=indices, states=states, strict=strict)
+
+    def save_model(self, i: int, path: str | os.PathLike[str]) -> None:
+        """Save model i's state dict, for plain torch or other programs.
+
+        Args:
+            i: which model.
+            path: safetensors if it ends so, and a file of `torch.save` otherwise. A file that is
+                there is replaced in one step.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        from .checkpoint import save_model
+
+        save_model(self, i, path)
+
+    def load_model(
+        self,
+        i: int,
+        source: str | os.PathLike[str] | Mapping[str, Any],
+        *,
+        strict: bool = True,
+    ) -> None:
+        """Load a state dict of one model into model i; its optimizer state is left alone.
+
+        Args:
+            i: which model.
+            source: a state dict, or the path of a safetensors file or of one that `torch.save`
+                wrote. Of the latter only tensors and plain values are read (`weights_only=True`).
+            strict: whether the names must be those of the model.
+
+        Raises:
+            CheckpointError: it cannot be read or does not fit; the model is then as before.
+        """
+        from .checkpoint import load_model
+
+        load_model(self, i, source, strict=strict)
+
     # ---- named but not there yet
 
     def prune(self, indices: Iterable[int]) -> None:
@@ -227,14 +325,6 @@ class Bundle(nn.Module):
     def append(self, models: Iterable[nn.Module], **hyper: Any) -> None:
         """Not available yet."""
         raise NotImplementedError("append: adding models to a bundle is not available yet")
-
-    def save_all(self, directory: Any, **options: Any) -> None:
-        """Not available yet."""
-        raise NotImplementedError("save_all: bundle checkpoints are not available yet")
-
-    def load_all(self, directory: Any, **options: Any) -> None:
-        """Not available yet."""
-        raise NotImplementedError("load_all: bundle checkpoints are not available yet")
 
     def capture_cuda_graph(self, *args: Any, **kwargs: Any) -> None:
         """Not available yet."""

@@ -121,7 +121,11 @@ class Compiled:
         graph = self.graphs[key]
         if graph is None or forward.stack.has_user_hooks():
             return forward.run(values, batched, spec, active)
-        return forward.run(values, batched, spec, active, lambda: self._run_forward(graph, values))
+
+        def run(leaves: list[Any]) -> Any:
+            return self._run_forward(graph, leaves)
+
+        return forward.run(values, batched, spec, active, run)
 
     def _run_forward(self, graph: _Graph, values: list[Any]) -> Any:
         stack, streams = self.bundle._stack, self.bundle._streams

@@ -9,6 +9,8 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from .errors import ModelBatchError
 from .inputs import _Marked
+from .pytree import flatten
+from .weights import moved, shared_tensors
 
 if TYPE_CHECKING:
     from .batch import ModelBatch
@@ -19,8 +21,8 @@ def to_device(tree: Any, device: torch.device) -> Any:
 
     def move(leaf: Any) -> Any:
         if isinstance(leaf, _Marked):
-            return _Marked(leaf.value.to(device, non_blocking=True), leaf.has_model_axis)
-        return leaf.to(device, non_blocking=True) if isinstance(leaf, Tensor) else leaf
+            return _Marked(moved(leaf.value, device), leaf.has_model_axis)
+        return moved(leaf, device) if isinstance(leaf, Tensor) else leaf
 
     return tree_map(move, tree)
 
@@ -50,29 +52,53 @@ def evaluate(
             raise ModelBatchError(f"'{name}' must be callable, got {type(function).__name__}")
     modes = [module.training for module in bundle._stack.modules[0]]
     sums: dict[str, Tensor] = {}
-    count = 0
+    count: Any = 0
     latest = bundle._latest_losses
     _set_modes(bundle, [False] * len(modes))
     try:
         with torch.no_grad():
             for batch in loader:
-                if not isinstance(batch, tuple | list) or len(batch) != 2:
-                    raise ModelBatchError(
-                        f"the loader must yield (x, y), got {type(batch).__name__}"
-                    )
-                x, y = to_device(tuple(batch), bundle._streams.device)
-                outputs = bundle._forward_of(x)
-                size = _batch_size(bundle, y)
+                x, y, weight = to_device(unpack(bundle, batch), bundle._streams.device)
+                with bundle._weighing(
+                    weight, shared_tensors(flatten(x)[0], not bundle.shared_input)
+                ) as weights:
+                    outputs = bundle._forward_of(x)
+                size: Any = _batch_size(bundle, y)
+                if weights is not None:
+                    size, weight = weights.expanded().sum(1), weights.given
                 for name, function in functions.items():
-                    values = bundle._losses(outputs, y, function, None) * size
+                    values = bundle._losses(outputs, y, function, weight)
+                    values = values * (size if weights is None else size.to(values.dtype))
                     sums[name] = sums[name] + values if name in sums else values
-                count += size
+                count = count + size
     finally:
         _set_modes(bundle, modes)
         bundle._latest_losses = latest
-    if not sums or count == 0:
+    if not sums or (isinstance(count, int) and count == 0):
         raise ModelBatchError("the loader yielded no samples")
-    return {name: total / count for name, total in sums.items()}
+    counts = torch.as_tensor(count)
+    return {name: total / counts.to(total) for name, total in sums.items()}
+
+
+def unpack(bundle: "ModelBatch", batch: Any) -> tuple[Any, Any, Any]:
+    """Inputs, targets and sample weights (or None) of what a loader yields.
+
+    Args:
+        bundle: who will be given them.
+        batch: `(x, y)`, `(x, y, sample_weight)` or a `RoutedBatch`.
+
+    Raises:
+        ModelBatchError: it is something else.
+    """
+    arguments = getattr(batch, "arguments", None)
+    if callable(arguments):
+        x, y, weight = arguments(bundle)
+        return x, y, weight
+    if not isinstance(batch, tuple | list) or len(batch) not in (2, 3):
+        raise ModelBatchError(
+            f"the loader must yield (x, y) or (x, y, sample_weight), got {type(batch).__name__}"
+        )
+    return batch[0], batch[1], batch[2] if len(batch) == 3 else None
 
 
 def _set_modes(bundle: "ModelBatch", modes: list[bool]) -> None:
@@ -96,6 +122,8 @@ def metrics(bundle: "ModelBatch") -> dict[str, float]:
         result.update({f"grad_norm_model_{i}": v for i, v in enumerate(norms.tolist())})
     if losses is not None:
         good = torch.isfinite(losses) & bundle.active
+        if bundle._without_samples:
+            good[sorted(bundle._without_samples)] = False
         best = torch.where(good, losses, torch.inf)
         any_good = bool(good.any())
         result["loss_mean"] = float(losses[good].mean()) if any_good else float("nan")

@@ -6,12 +6,10 @@ or by assignment, plain attributes) goes back to every model. If the batched run
 of its own, nothing has changed, and the models run one by one with the same streams.
 """
 
-import contextlib
-import copy
 import functools
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,17 +19,17 @@ from torch._functorch import vmap as torch_vmap
 from torch.utils._pytree import tree_flatten, tree_map
 
 from .attributes import MODULE_INTERNALS
-from .errors import BatchingError, FallbackWarning
+from .errors import FallbackWarning
 from .explain import Report
 from .fallback import FallbackWatch, cause, users_stacklevel
+from .one_by_one import OneByOne
 from .pytree import Spec, flatten, unflatten
-from .random import Streams, torch_rng
+from .random import Streams
 from .snapshot import Snapshot
 from .stack import Stack
 from .structure import Slot
-from .substitute.autograd_state import no_saved_tensor_hooks, replayed_checkpoints
-from .substitute.mode import Call, NeedsBatchedFactories, Refused
-from .swap import swapped
+from .substitute.autograd_state import no_saved_tensor_hooks
+from .substitute.mode import Call, NeedsBatchedFactories, NeedsOwnSamples, Refused
 
 _models_axis = functools.partial(torch_vmap.vmap_increment_nesting, randomness="different")
 _IN_PLACE = re.compile(
@@ -53,7 +51,7 @@ def _same_entries(a: dict[str, Any], b: dict[str, Any]) -> bool:
         return False
 
 
-class Forward:
+class Forward(OneByOne):
     """Runs the forward of a bundle and keeps what it learns about it.
 
     Args:
@@ -81,6 +79,12 @@ class Forward:
         """Plain attributes that the forward set to tensors, and whether these differ by model."""
         self.spread: set[tuple[int, str]] = set()
         """Plain attributes that the forward keeps per model, as (module index, name)."""
+        self.weights = None
+        """What the samples of the batch count for, while they do not all count alike."""
+        self._weighing: dict[Any, bool] = {}
+        """By the modules' training modes, whether the forward asks for the samples' weights."""
+        self._own_samples: set[Any] = set()
+        """Modes in which only models that run one by one know what to do with weights."""
         self.record: Callable[[str, str], None] | None = None
         self._last: tuple[Snapshot, Any] | None = None
 
@@ -92,7 +96,7 @@ class Forward:
         batched: list[bool],
         spec: Spec,
         active: Tensor | None,
-        compiled: Callable[[], Any] | None = None,
+        compiled: Callable[[list[Any]], Any] | None = None,
     ) -> Any:
         """Call all models.
 
@@ -101,19 +105,24 @@ class Forward:
             batched: for each leaf whether its dim 0 is the model axis.
             spec: the structure of (args, kwargs).
             active: bool `[M]`, None if all are active; frozen models keep buffers and streams.
-            compiled: computes the outputs instead of this class.
+            compiled: computes the outputs from `leaves` instead of this class.
 
         Returns:
             The model's output structure, every tensor with a leading model axis.
         """
         training = self.stack.models[0].training
+        if self.weights is not None:
+            given = batched
+            leaves, batched = self.weights.fill(leaves, batched)
+            if batched != given or self._weighing.get(self._modes()) is not False:
+                compiled = None
         checking = training not in self.written or active is not None
         snapshot = self._snapshot(training, everything=checking)
         streams = self.streams.snapshot()
         self.streams.op_index = 0
         try:
             if compiled is not None:
-                out = compiled()
+                out = compiled(leaves)
             elif self._reason_to_loop(training) is None:
                 out = self._batched_or_loop(leaves, batched, spec, snapshot, streams, training)
             else:
@@ -137,6 +146,7 @@ class Forward:
         training = self.stack.models[0].training
         snapshot, streams = self._snapshot(training, everything=True), self.streams.snapshot()
         kept = (self.tensor_attributes.copy(), self.spread.copy())
+        weights, self.weights = self.weights, None
         self.streams.op_index = 0
         self.record = report.add
         try:
@@ -164,6 +174,7 @@ class Forward:
                 report.mark_slow(name)
         finally:
             self.record = None
+            self.weights = weights
             self._undo(snapshot, streams)
             self.tensor_attributes, self.spread = kept
 
@@ -179,7 +190,12 @@ class Forward:
         if self.stack.has_user_hooks():
             self._report("forward hooks", "hooks see one model at a time")
             return "forward hooks"
+        if self.weights is not None and self._modes() in self._own_samples:
+            return "sample weights"
         return self.loop_reasons.get(training)
+
+    def _modes(self) -> tuple[bool, ...]:
+        return tuple(module.training for module in self.stack.modules[0])
 
     def _batched_or_loop(
         self,
@@ -196,6 +212,9 @@ class Forward:
             raise
         except NeedsBatchedFactories:
             self.batched_factories = True
+        except NeedsOwnSamples as error:
+            self._undo(snapshot, streams)
+            return self._loop_over_own_samples(error, leaves, batched, spec)
         except Exception as error:
             failure = error
             in_place = _IN_PLACE.search(str(error)) is not None
@@ -209,9 +228,20 @@ class Forward:
             return self._batched(leaves, batched, spec, training)
         except Refused:
             raise
+        except NeedsOwnSamples as error:
+            self._undo(snapshot, streams)
+            return self._loop_over_own_samples(error, leaves, batched, spec)
         except Exception as error:
             self._undo(snapshot, streams)
             return self._loop_after(error, leaves, batched, spec, training)
+
+    def _loop_over_own_samples(
+        self, error: Exception, leaves: list[Any], batched: list[bool], spec: Spec
+    ) -> Any:
+        out = self._loop(leaves, batched, spec)
+        self._own_samples.add(self._modes())
+        self._report("a normalisation with sample weights", str(error), error)
+        return out
 
     def _undo(self, snapshot: "Snapshot", streams: Any) -> None:
         snapshot.restore_all()
@@ -287,6 +317,8 @@ class Forward:
                 with call, no_saved_tensor_hooks():
                     out = stack.models[0](*args, **kwargs)
                 self._collect(call, tensors, attributes, level)
+            if self.weights is not None:
+                self._weighing[self._modes()] = call.weighed
             flat, out_spec = flatten(out)
             results = [self._leave(leaf, level) for leaf in flat]
         if checking:
@@ -318,17 +350,13 @@ class Forward:
             batched_factories=self.batched_factories and level is not None,
             record=self.record,
             strict=strict,
+            weights=self.weights if level is not None else None,
         )
 
     def _original(self, slot: Slot) -> Tensor | None:
         index, attribute = slot.places[0]
         module = self.stack.modules[0][index]
         return (module._parameters if slot.is_parameter else module._buffers).get(attribute)
-
-    def _swapped(
-        self, i: int, tensors: Sequence[Tensor], level: int | None
-    ) -> contextlib.AbstractContextManager[list[dict[str, Any]]]:
-        return swapped(self.stack, i, tensors, level, self.tensor_attributes)
 
     def _collect(
         self,
@@ -387,90 +415,6 @@ class Forward:
 
             modules[index].__dict__[name] = tree_map(pick, value)
 
-    # ---- one after another
-
-    def _loop(self, leaves: list[Any], batched: list[bool], spec: Spec) -> Any:
-        """Call each model's own modules with its slice of the stacked tensors."""
-        stack = self.stack
-        unbound = [stack.tensor(slot).unbind(0) for slot in stack.slots]
-        columns = [
-            leaf.unbind(0) if is_batched else (leaf,) * stack.num_models
-            for leaf, is_batched in zip(leaves, batched)
-        ]
-        flat_results: list[list[Any]] = []
-        out_spec: Any = None
-        first_spec: Any = None
-        assigned: dict[int, list[Tensor]] = {}
-        op_index = 0
-        for i in range(stack.num_models):
-            args, kwargs = unflatten([column[i] for column in columns], spec)
-            tensors = [
-                slices[i] if slot.is_parameter else self._own_buffer(i, slot)
-                for slot, slices in zip(stack.slots, unbound)
-            ]
-            streams = self.streams.fork(i) if self.streams.kind == "philox" else self.streams
-            resume = functools.partial(self._resume, i, tensors, streams)
-            with self._swapped(i, tensors, None), replayed_checkpoints(resume):
-                with self._random_mode(streams), self._torch_state(i):
-                    out = stack.models[i](*args, **kwargs)
-                self._collect_assigned(i, tensors, assigned)
-            op_index = max(op_index, streams.op_index)
-            flat, out_spec = flatten(out)
-            first_spec = first_spec or out_spec
-            flat_results.append(flat)
-        self.streams.op_index = op_index
-        with torch.no_grad():
-            for position, values in assigned.items():
-                stack.replace_buffer(stack.slots[position], torch.stack(values))
-        return unflatten(_stack_rows(flat_results), first_spec)
-
-    def _random_mode(self, streams: Streams) -> contextlib.AbstractContextManager[Any]:
-        """What makes one model draw from its stream; torch's own generators need nothing."""
-        if streams.kind == "torch":
-            return contextlib.nullcontext()
-        return self._call(1, None, streams, False)
-
-    def _resume(
-        self, i: int, tensors: Sequence[Tensor], streams: Streams
-    ) -> Callable[[], contextlib.AbstractContextManager[Any]]:
-        """Remember where model i's forward is, to run a part of it again in the backward."""
-        here = copy.copy(streams)
-
-        @contextlib.contextmanager
-        def again() -> Iterator[None]:
-            with self._swapped(i, tensors, None), self._random_mode(copy.copy(here)):
-                yield
-
-        return again
-
-    def _own_buffer(self, i: int, slot: Slot) -> Tensor:
-        index, attribute = slot.places[0]
-        buffer = self.stack.modules[i][index]._buffers[attribute]
-        assert buffer is not None
-        return buffer
-
-    def _collect_assigned(
-        self, i: int, tensors: Sequence[Tensor], assigned: dict[int, list[Tensor]]
-    ) -> None:
-        modules = self.stack.modules[i]
-        for position, (slot, tensor) in enumerate(zip(self.stack.slots, tensors)):
-            if slot.is_parameter:
-                continue
-            index, attribute = slot.places[0]
-            now = modules[index]._buffers[attribute]
-            if now is not tensor or position in assigned:
-                rows = assigned.setdefault(position, list(self.stack.tensor(slot).unbind(0)))
-                assert now is not None
-                rows[i] = now.detach()
-
-    @contextlib.contextmanager
-    def _torch_state(self, i: int) -> Iterator[None]:
-        if self.streams.kind == "torch":
-            with torch_rng(self.streams.device), self.streams.as_model(i):
-                yield
-        else:
-            yield
-
     # ---- undo, and frozen models
 
     def _snapshot(self, training: bool, everything: bool) -> "Snapshot":
@@ -482,17 +426,3 @@ class Forward:
         self.written[training] = self.written.get(training, set()) | written
         if active is not None and written:
             snapshot.restore_rows(~active)
-
-
-def _stack_rows(rows: list[list[Any]]) -> list[Any]:
-    """Stack the flattened outputs of single models."""
-    results: list[Any] = []
-    for column in zip(*rows):
-        if not isinstance(column[0], Tensor):
-            results.append(column[0])
-            continue
-        if any(t.shape != column[0].shape for t in column):
-            shapes = [tuple(t.shape) for t in column]
-            raise BatchingError(f"the models' outputs have different shapes: {shapes}")
-        results.append(torch.stack(column))
-    return results

@@ -117,11 +117,14 @@ def _weighted(loss_fn: LossFn) -> LossFn:
     """A loss of (outputs, targets, weights) equal to the loss on the weighted samples alone.
 
     With 0/1 weights it is the loss on the samples of weight 1. A model without any weight in the
-    batch has loss 0 and no gradient.
+    batch has loss 0 and no gradient. What outputs and targets of samples of weight 0 hold reaches
+    nothing.
     """
     unreduced = _unreduced(loss_fn)
 
     def weighted(outputs: Any, targets: Any, weights: Tensor) -> Tensor:
+        taking = weights != 0
+        outputs, targets = _zero_unused(outputs, taking), _zero_unused(targets, taking)
         losses, share = unreduced(outputs, targets, weights)
         w = weights.to(losses.dtype)
         w = w.reshape(w.shape + (1,) * (losses.dim() - w.dim()))
@@ -134,6 +137,19 @@ def _weighted(loss_fn: LossFn) -> LossFn:
         return torch.where(count != 0, total / torch.where(count != 0, count, 1.0), 0.0 * count)
 
     return weighted
+
+
+def _zero_unused(tree: Any, taking: Tensor) -> Any:
+    """Zeros in the place of samples of weight 0: a valid target everywhere, and a finite output."""
+    leaves, spec = flatten(tree)
+
+    def select(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or leaf.dim() == 0 or leaf.shape[0] != taking.shape[0]:
+            return leaf
+        mask = taking.reshape(taking.shape + (1,) * (leaf.dim() - 1))
+        return torch.where(mask, leaf, torch.zeros((), dtype=leaf.dtype, device=leaf.device))
+
+    return unflatten([select(leaf) for leaf in leaves], spec)
 
 
 _CLASS_LOSSES = (F.cross_entropy, F.nll_loss)

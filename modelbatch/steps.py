@@ -1,7 +1,7 @@
 """Training steps of a bundle."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,12 +11,17 @@ from torch import Tensor
 from .bundle import Bundle
 from .errors import ModelBatchError
 from .optim import BundleGradScaler, LockstepLBFGS, PerModelOptimizer
+from .pytree import flatten
+from .weights import SampleWeights, shared_tensors
 
 
 class Steps(Bundle):
     """The part of `ModelBatch` that trains; see there."""
 
+    shared_input: bool
     _latest_losses: Tensor | None
+    _without_samples: frozenset[int] = frozenset()
+    """The models that had no sample in the last `train_step`."""
 
     def compute_loss(
         self, outputs: Any, targets: Any, loss_fn: Callable[..., Tensor], *, sample_weight: Any
@@ -80,6 +85,64 @@ class Steps(Bundle):
 
         return evaluate
 
+    @contextlib.contextmanager
+    def sample_weights(self, sample_weight: Any) -> Iterator[None]:
+        """Within it, forwards compute for every model with its own samples of the batch.
+
+        Batch normalisation takes its statistics from samples of weight other than 0, each counted
+        by its weight, and what samples of weight 0 hold reaches nothing. A model without any sample
+        rests as if frozen: its buffers, its random stream and, in a `step` within the context, its
+        parameters and optimizer state stay as they are. `train_step` and `evaluate` do all this by
+        themselves; the loss is given its weights separately:
+
+            with mb.sample_weights(w):
+                outputs = mb(x)
+                mb.compute_loss(outputs, y, sample_weight=w).backward()
+                mb.step()
+
+        Args:
+            sample_weight: `[M, B]`, or `[B]` for all models; finite and not negative. A weight
+                counts samples: 2 is the sample twice. None: all samples count alike.
+
+        Raises:
+            ModelBatchError: bad weights.
+        """
+        with self._weighing(sample_weight, ()):
+            yield
+
+    @contextlib.contextmanager
+    def _weighing(
+        self, sample_weight: Any, shared: Sequence[Tensor]
+    ) -> Iterator[SampleWeights | None]:
+        """`sample_weights`; the tensors that all models share are looked at in one go with them."""
+        forward = self._forward
+        if sample_weight is None:
+            outer, forward.weights = forward.weights, None
+            try:
+                yield None
+            finally:
+                forward.weights = outer
+            return
+        weights = SampleWeights(sample_weight, self.num_models, self._streams.device, shared)
+        outer, active, tensor = forward.weights, self._active, self._active_tensor
+        during = [flag and count > 0 for flag, count in zip(active, weights.used)]
+        weights.resting = {i for i, flag in enumerate(during) if not flag}
+        forward.weights = weights
+        if during != active:
+            self._active = list(during)
+            self._active_tensor = self.active
+        try:
+            yield weights
+        finally:
+            forward.weights = outer
+            if during != active:
+                now, self._active, self._active_tensor = self._active, active, tensor
+                # what was frozen or unfrozen meanwhile stays so
+                for value in (False, True):
+                    self._set_active(
+                        [i for i, old in enumerate(during) if now[i] is value is not old], value
+                    )
+
     def train_step(
         self,
         x: Any,
@@ -95,7 +158,10 @@ class Steps(Bundle):
             x: a tensor, a tuple of positional or a dict of keyword arguments.
             y: targets, see `compute_loss`.
             loss_fn: see `compute_loss`.
-            sample_weight: see `compute_loss`.
+            sample_weight: see `compute_loss`. The weights reach batch normalisation too, so that
+                each model trains as it would alone on its own samples; what samples of weight 0
+                hold reaches nothing. A model without any sample in this batch does not step: its
+                loss is 0, and nothing of it changes.
             amp_dtype: `torch.bfloat16` or `torch.float16`: run forward and loss under
                 `torch.autocast`. float16 needs scaled gradients: unless the bundle has a
                 `grad_scaler`, it gets a `BundleGradScaler`.
@@ -110,6 +176,35 @@ class Steps(Bundle):
         """
         if self._optimizer is None:
             self.step()
+        if self._without_samples:
+            self._without_samples = frozenset()
+        if sample_weight is None:
+            return self._train_step(x, y, loss_fn, None, amp_dtype)
+        shared = shared_tensors(flatten(x)[0], not self.shared_input)
+        with self._weighing(sample_weight, shared) as weights:
+            assert weights is not None
+            if not any(self._active) and not all(weights.used):
+                return self._rest()
+            losses = self._train_step(x, y, loss_fn, weights.given, amp_dtype)
+            self._without_samples = frozenset(i for i, n in enumerate(weights.used) if n == 0)
+            return losses
+
+    def _rest(self) -> Tensor:
+        """The step of a batch in which no model that trains has a sample."""
+        self.zero_grad()
+        dtype = next((p.dtype for p in self.parameters()), torch.get_default_dtype())
+        self._latest_losses = torch.zeros(self.num_models, dtype=dtype, device=self._streams.device)
+        self._without_samples = frozenset(range(self.num_models))
+        return self._latest_losses
+
+    def _train_step(
+        self,
+        x: Any,
+        y: Any,
+        loss_fn: Callable[..., Tensor],
+        sample_weight: Any,
+        amp_dtype: torch.dtype | None,
+    ) -> Tensor:
         with self._autocast(amp_dtype):
             outputs = self._forward_of(x)
             try:

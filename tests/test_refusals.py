@@ -184,8 +184,6 @@ def test_later_features_are_refused_by_name() -> None:
         ("prune", ([0],)),
         ("replace", (0, mlp())),
         ("append", ([mlp()],)),
-        ("save_all", ("x",)),
-        ("load_all", ("x",)),
         ("capture_cuda_graph", ()),
     ):
         with pytest.raises(NotImplementedError, match=name):

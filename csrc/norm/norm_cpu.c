@@ -20,6 +20,9 @@
 #define ROWS \
   64 /* rows of a channels-last slice that stay in L1 while all their channels are read */
 
+/* Code that is compiled once for samples of equal weight and once for weights of their own. */
+#define INLINED static inline __attribute__((always_inline))
+
 typedef float f32x8 __attribute__((vector_size(32)));
 typedef double f64x8 __attribute__((vector_size(64)));
 

@@ -63,6 +63,43 @@ const double* data_or_null(const std::optional<Tensor>& tensor, int64_t offset) 
   return tensor.has_value() ? tensor->const_data_ptr<double>() + offset : nullptr;
 }
 
+// The weights of all models' samples as the kernels read them. No weights: all ones.
+class SampleWeights {
+ public:
+  // `per_row`: a row of the kernel is one position of a sample, not a whole sample.
+  SampleWeights(const std::optional<Tensor>& weight, const char* op, int64_t num_models,
+                const mb_norm_size& size, bool per_row)
+      : equal_{nullptr, static_cast<double>(size.batch * size.positions)} {
+    if (!weight.has_value()) return;
+    const Tensor given = checked_doubles(*weight, op, "sample_weight", {num_models, size.batch});
+    const double* from = given.const_data_ptr<double>();
+    rows_ = size.batch * (per_row ? size.positions : 1);
+    weights_.resize(num_models * rows_);
+    counts_.assign(num_models, 0.0);
+    for (int64_t model = 0; model < num_models; ++model) {
+      for (int64_t row = 0; row < rows_; ++row) {
+        const int64_t sample = per_row ? row / size.positions : row;
+        weights_[model * rows_ + row] = from[model * size.batch + sample];
+      }
+      for (int64_t sample = 0; sample < size.batch; ++sample) {
+        counts_[model] += from[model * size.batch + sample];
+      }
+      counts_[model] *= static_cast<double>(size.positions);
+      if (counts_[model] == 0.0) counts_[model] = 1.0;
+    }
+  }
+
+  mb_norm_samples of(int64_t model) const {
+    if (weights_.empty()) return equal_;
+    return {weights_.data() + model * rows_, counts_[model]};
+  }
+
+ private:
+  mb_norm_samples equal_;
+  int64_t rows_ = 0;
+  std::vector<double> weights_, counts_;
+};
+
 // What the kernels read as [B, C, S] or [B S, C]: a copy where the slices are neither.
 struct Layout {
   Tensor tensor;
@@ -119,7 +156,8 @@ ScalarType accumulation_dtype(const Tensor& input) {
 std::tuple<Tensor, Tensor, Tensor> batch_norm_train_cpu(const Tensor& input,
                                                         const std::optional<Tensor>& weight,
                                                         const std::optional<Tensor>& bias,
-                                                        const Tensor& eps) {
+                                                        const Tensor& eps,
+                                                        const std::optional<Tensor>& samples) {
   const char* op = "batch_norm_train";
   const mb_norm_size size = checked_size(input, op);
   const int dtype = norm_dtype(input, op);
@@ -134,6 +172,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_train_cpu(const Tensor& input,
   Tensor output = empty_stacked(shape_of(input), layout.channels_last, input);
   std::vector<double> mean(num_models * size.channels), var(num_models * size.channels);
   const bool rows_of_channels = layout.channels_last || size.positions == 1;
+  const SampleWeights sample_weights(samples, op, num_models, size, rows_of_channels);
   const mb_norm_forward_fn kernel = kernels().forward[rows_of_channels][dtype];
   const int64_t bytes = static_cast<int64_t>(input.element_size());
   const char* from = static_cast<const char*>(x.const_data_ptr());
@@ -143,8 +182,8 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_train_cpu(const Tensor& input,
       num_models, size, rows_of_channels, [&](int64_t model, int64_t begin, int64_t end) {
         const int64_t at = model * size.channels;
         kernel(from + model * from_step, data_or_null(weights, at), data_or_null(biases, at),
-               epsilons.const_data_ptr<double>()[model], size, begin, end, mean.data() + at,
-               var.data() + at, to + model * to_step);
+               epsilons.const_data_ptr<double>()[model], size, sample_weights.of(model), begin, end,
+               mean.data() + at, var.data() + at, to + model * to_step);
       });
   const ScalarType wide = accumulation_dtype(input);
   return {output, rounded(mean, per_channel, input, wide), rounded(var, per_channel, input, wide)};
@@ -154,7 +193,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_train_cpu(const Tensor& input,
 std::tuple<Tensor, Tensor, Tensor> batch_norm_train_backward_cpu(
     const Tensor& grad_output, const Tensor& input, const std::optional<Tensor>& weight,
     const Tensor& mean, const Tensor& var, const Tensor& eps, bool need_input, bool need_weight,
-    bool need_bias) {
+    bool need_bias, const std::optional<Tensor>& samples) {
   const char* op = "batch_norm_train_backward";
   const mb_norm_size size = checked_size(input, op);
   const int dtype = norm_dtype(input, op);
@@ -177,6 +216,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_train_backward_cpu(
                                     need_input && layout.channels_last, input);
   std::vector<double> grad_weight(num_models * size.channels), grad_bias(grad_weight.size());
   const bool rows_of_channels = layout.channels_last || size.positions == 1;
+  const SampleWeights sample_weights(samples, op, num_models, size, rows_of_channels);
   const mb_norm_backward_fn kernel = kernels().backward[rows_of_channels][dtype];
   const int64_t bytes = static_cast<int64_t>(input.element_size());
   const char* from = static_cast<const char*>(x.const_data_ptr());
@@ -189,8 +229,9 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_train_backward_cpu(
         const int64_t at = model * size.channels;
         kernel(grad_from + model * grad_step, from + model * from_step, data_or_null(weights, at),
                means.const_data_ptr<double>() + at, vars.const_data_ptr<double>() + at,
-               epsilons.const_data_ptr<double>()[model], size, begin, end, grad_weight.data() + at,
-               grad_bias.data() + at, need_input ? to + model * to_step : nullptr);
+               epsilons.const_data_ptr<double>()[model], size, sample_weights.of(model), begin, end,
+               grad_weight.data() + at, grad_bias.data() + at,
+               need_input ? to + model * to_step : nullptr);
       });
   const ScalarType wide = weight.has_value() ? weight->scalar_type() : accumulation_dtype(input);
   // Outputs must not alias, so each missing one is a tensor of its own.

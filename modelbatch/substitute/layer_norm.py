@@ -156,8 +156,9 @@ def instance_norm(call: Call, func: Any, args: tuple[Any, ...], kwargs: dict[str
             if rows[2] is not None and rows[3] is not None:
                 count = values[0, 0, 0].numel()
                 factor = call.column(momentum, 2, rows[2].dtype)
-                _update(rows[2], centre, factor)
-                _update(rows[3], spread * (count / max(count - 1, 1)), factor)
+                samples = call.sample_weight_of(values.shape[1])
+                _update(rows[2], centre, factor, samples)
+                _update(rows[3], spread * (count / max(count - 1, 1)), factor, samples)
         else:
             centre, spread = (_by_channel(t, dims).to(wide) for t in rows[2:] if t is not None)
         out = (values - centre) * (spread + call.column(eps, dims, wide)).rsqrt()
@@ -165,9 +166,15 @@ def instance_norm(call: Call, func: Any, args: tuple[Any, ...], kwargs: dict[str
 
 
 @torch.no_grad()
-def _update(running: Tensor, batch: Tensor, factor: Any) -> None:
+def _update(running: Tensor, batch: Tensor, factor: Any, samples: Tensor | None) -> None:
     """Move running statistics `[M, C]` towards the mean over samples of `[M, B, C, 1, ...]`."""
-    mean = batch.flatten(2).mean(1).to(running.dtype)
+    each = batch.flatten(2)
+    if samples is None:
+        mean = each.mean(1).to(running.dtype)
+    else:
+        weight = samples.to(each.dtype).unsqueeze(2)
+        total = torch.where(weight != 0, each * weight, 0.0).sum(1)
+        mean = (total / weight.sum(1).clamp(min=torch.finfo(each.dtype).tiny)).to(running.dtype)
     running.copy_((1 - factor) * running + factor * mean)
 
 

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from ..attributes import PerModelFloat
 from ..errors import BatchingError
 from ..random import Streams
+from ..weights import SampleWeights
 
 Rule = Callable[["Call", Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
@@ -28,9 +29,13 @@ RULES: dict[Any, Rule] = {}
 """Rules of a batched forward."""
 RANDOM_RULES: dict[Any, Rule] = {}
 """Rules that also hold while models run one by one: random numbers come from their streams."""
+WEIGHED_RULES: dict[Any, Rule] = {}
+"""Rules that hold while models run one by one if their samples do not all count alike."""
 
 
-def register(*functions: Any, random: bool = False) -> Callable[[Rule], Rule]:
+def register(
+    *functions: Any, random: bool = False, weighed: bool = False
+) -> Callable[[Rule], Rule]:
     """Register a rule for torch functions."""
 
     def add(rule: Rule) -> Rule:
@@ -38,6 +43,8 @@ def register(*functions: Any, random: bool = False) -> Callable[[Rule], Rule]:
             RULES[function] = rule
             if random:
                 RANDOM_RULES[function] = rule
+            if weighed:
+                WEIGHED_RULES[function] = rule
         return rule
 
     return add
@@ -45,6 +52,10 @@ def register(*functions: Any, random: bool = False) -> Callable[[Rule], Rule]:
 
 class NeedsBatchedFactories(Exception):
     """An unbatched tensor made in the forward would have to become different for each model."""
+
+
+class NeedsOwnSamples(Exception):
+    """What an operation does with sample weights is known only where models run one by one."""
 
 
 class Refused(BatchingError):
@@ -74,6 +85,8 @@ class Call(TorchFunctionMode):
         per_model_numbers: whether some plain numbers differ between models.
         batched_factories: make `torch.zeros` and its like per model, so that they can be filled.
         record: called with (function name, path) for `explain()`.
+        weights: what the samples of the batch count for, None where all count alike.
+        weighed: whether any operation has asked for them.
         loops: names of functions that had to be looped over models in this call.
         strict: originals (by id) that must not be reached around the module attributes.
     """
@@ -90,6 +103,7 @@ class Call(TorchFunctionMode):
         batched_factories: bool = False,
         record: Callable[[str, str], None] | None = None,
         strict: dict[int, str] | None = None,
+        weights: SampleWeights | None = None,
     ):
         super().__init__()
         self.num_models = num_models
@@ -101,10 +115,16 @@ class Call(TorchFunctionMode):
         self.batched_factories = batched_factories
         self.record = record
         self.strict = strict
+        self.weights = weights
+        self.weighed = False
         self.loops: dict[str, str] = {}
-        self.rules = RULES if level is not None else RANDOM_RULES
+        self.rules = RULES if level is not None else self._rules_of_one_model()
         self.careful = per_model_numbers or batched_factories or record is not None or bool(strict)
         self.tracing = False
+
+    def _rules_of_one_model(self) -> dict[Any, Rule]:
+        rules = {} if self.streams.kind == "torch" else RANDOM_RULES
+        return rules if self.weights is None else {**rules, **WEIGHED_RULES}
 
     def trace(self) -> None:
         """Prepare for being traced into a graph below autograd.
@@ -184,6 +204,27 @@ class Call(TorchFunctionMode):
                     "outside of its attribute, so it would be used for all models; read it from "
                     "its module instead"
                 )
+
+    @property
+    def sample_weight(self) -> Tensor | None:
+        """What the samples count for, float64 `[M, B]`; None where all count alike."""
+        return None if self.weights is None else self.weights.expanded()
+
+    def sample_weight_of(self, batch_size: int) -> Tensor | None:
+        """`sample_weight` for an operation over a batch of this size.
+
+        Raises:
+            NeedsOwnSamples: the operation's batch is not the batch of the weights.
+        """
+        if self.weights is None:
+            return None
+        self.weighed = True
+        if batch_size != self.weights.batch_size:
+            raise NeedsOwnSamples(
+                f"its batch of {batch_size} is not the batch of {self.weights.batch_size} samples "
+                "that have weights"
+            )
+        return self.weights.expanded()
 
     # ---- between the user's view of one model and the physical tensors of all
 

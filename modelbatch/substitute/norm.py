@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..attributes import PerModelFloat
 from ..ops.norm import batch_norm_train
-from .mode import Call, NeedsBatchedFactories, handles_per_model_numbers, register
+from .mode import Call, NeedsBatchedFactories, Refused, handles_per_model_numbers, register
 
 
 def cumulative_batch_norm(module: _BatchNorm, input: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ def cumulative_batch_norm(module: _BatchNorm, input: Tensor) -> Tensor:
 
 
 @handles_per_model_numbers
-@register(F.batch_norm)
+@register(F.batch_norm, weighed=True)
 def batch_norm(call: Call, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """`F.batch_norm`; momentum and eps may differ between models."""
     return _batch_norm(call, *args, **kwargs)
@@ -69,18 +69,45 @@ def _batch_norm(
         if not training:
             assert mean is not None and var is not None
             return call.wrap(_normalise(x, mean, var, w, b, eps_vector))
-        out, batch_mean, batch_var = batch_norm_train(x, w, b, eps_vector)
+        samples = call.sample_weight_of(x.shape[1])  # [M, B]
+        count: Any = x.numel() // max(x.shape[0] * x.shape[2], 1)
+        if samples is not None:
+            count = _own_count(call, samples, x)
+        out, batch_mean, batch_var = batch_norm_train(x, w, b, eps_vector, samples)
         if mean is not None and var is not None:
             assert running_mean is not None and running_var is not None
             if call.level is not None and not (
                 call.is_batched(running_mean) and call.is_batched(running_var)
             ):
                 raise NeedsBatchedFactories
-            count = x.numel() // max(x.shape[0] * x.shape[2], 1)
-            unbiased = batch_var * (count / max(count - 1, 1))
+            if samples is None:
+                unbiased = batch_var * (count / max(count - 1, 1))
+            else:
+                # below 2 there is nothing that fractional weights could be corrected by
+                factor = count.clamp(min=1) / (count - 1).clamp(min=1)
+                unbiased = batch_var * factor.to(batch_var.dtype).unsqueeze(1)
             _update(call, mean, batch_mean, momentum)
             _update(call, var, unbiased, momentum)
         return call.wrap(out)
+
+
+def _own_count(call: Call, samples: Tensor, x: Tensor) -> Tensor:
+    """How many values each model has per channel, `[M]`.
+
+    Raises:
+        Refused: a model that trains has one, which has no variance.
+    """
+    assert call.weights is not None
+    positions = x.numel() // max(x.shape[0] * x.shape[1] * x.shape[2], 1)
+    if positions == 1:
+        weights = call.weights
+        for i, used, total in zip(weights.models, weights.used, weights.totals):
+            if used == 1 and total <= 1 and i not in weights.resting:
+                raise Refused(
+                    f"model {i}: Expected more than 1 value per channel when training, but one "
+                    f"sample of the batch of {x.shape[1]} is all that this model has"
+                )
+    return samples.sum(1) * positions
 
 
 def _normalise(

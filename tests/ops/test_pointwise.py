@@ -68,9 +68,7 @@ def test_opcheck_and_refusal():
         tanh(torch.zeros(3, dtype=torch.float64))
 
 
-@pytest.mark.parametrize(
-    "function", [torch.tanh, nn.functional.tanh, torch.Tensor.tanh, nn.Tanh()]
-)
+@pytest.mark.parametrize("function", [torch.tanh, nn.functional.tanh, torch.Tensor.tanh, nn.Tanh()])
 def test_bundles_use_it(function):
     class Model(nn.Module):
         def __init__(self):

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -198,7 +199,7 @@ def test_configs_of_sgd_and_adam():
 def test_sweeps():
     rates = [config["lr"] for config in create_lr_sweep_configs(1e-4, 1e-2, 5)]
     assert (rates[0], rates[-1]) == (1e-4, 1e-2)
-    ratios = [b / a for a, b in zip(rates, rates[1:], strict=False)]
+    ratios = [b / a for a, b in pairwise(rates)]
     assert ratios == pytest.approx([math.sqrt(10)] * 4)
     linear = [config["lr"] for config in create_lr_sweep_configs(0.0, 1.0, 3, scale="linear")]
     assert linear == [0.0, 0.5, 1.0]
@@ -207,7 +208,13 @@ def test_sweeps():
 
 @pytest.mark.parametrize(
     "arguments",
-    [(0.0, 1.0, 3), (0.1, math.inf, 3), (0.1, 0.2, 0), (-0.1, 0.2, 3, "linear"), (0.1, 0.2, 3, "x")],
+    [
+        (0.0, 1.0, 3),
+        (0.1, math.inf, 3),
+        (0.1, 0.2, 0),
+        (-0.1, 0.2, 3, "linear"),
+        (0.1, 0.2, 3, "x"),
+    ],
 )
 def test_bad_sweeps_are_refused(arguments):
     with pytest.raises(ModelBatchError):

@@ -1,0 +1,249 @@
+"""A growing CSV or JSON Lines file with one column per value and model."""
+
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from io import FileIO
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import ModelBatchError
+
+__all__ = ["TableFile"]
+
+_FIRST = ("event", "epoch", "step")
+_MOST_PENDING = 32
+_NARROW = (torch.float32, torch.float16, torch.bfloat16)  # 9 digits tell all of them apart
+_Row = tuple[tuple[str, int, int], Mapping[str, Tensor], list[float] | None]
+_COLUMN = re.compile(r"(.+)_model_(\d+)")
+
+
+class TableFile:
+    """The file behind `MetricsLogger`.
+
+    Args:
+        path: of the file.
+        format: `"csv"` or `"jsonl"`.
+        columns: names of the values that a new file has columns for, each for every model.
+        num_models: M.
+        keep_rows: drop what there is behind so many rows; None keeps all of them.
+        flush_seconds: rows wait for others no longer than that.
+
+    Raises:
+        ModelBatchError: there is a file with other columns.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        format: str,
+        columns: Sequence[str],
+        num_models: int,
+        keep_rows: int | None,
+        flush_seconds: float,
+    ):
+        self.path = path
+        self.flush_seconds = flush_seconds
+        self.num_models = num_models
+        self.rows = 0
+        self._csv = format == "csv"
+        self._columns = list(columns)
+        self._templates: dict[tuple[str, bool], str] = {}
+        self._nothing = "," * (num_models - 1)
+        self._pending: list[_Row] = []
+        self._rates: list[float] = []
+        self._rates_text: tuple[list[float] | None, str] = (None, "")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and path.stat().st_size and keep_rows != 0:
+            self._continue(keep_rows)
+        else:
+            path.write_bytes(self._header() if self._csv else b"")
+        self._file: FileIO = path.open("ab", buffering=0)
+        self._written = -math.inf  # the first row is written at once
+
+    def close(self) -> None:
+        """Write what is pending and close the file."""
+        try:
+            self.flush()
+        finally:
+            self._file.close()
+
+    # ---- what is there already
+
+    def _continue(self, keep_rows: int | None) -> None:
+        """Look at the file, and cut off rows that are incomplete or not to be kept."""
+        end = 0
+        with self.path.open("rb") as file:
+            for number, line in enumerate(file, 0 if self._csv else 1):
+                if not line.endswith(b"\n") or (keep_rows is not None and number > keep_rows):
+                    break
+                if end == 0:
+                    self._check_columns(line)
+                end += len(line)
+                self.rows = number
+        if end == 0:
+            raise ModelBatchError(f"'{self.path}' is no file of MetricsLogger: it has no rows")
+        os.truncate(self.path, end)
+
+    def _check_columns(self, line: bytes) -> None:
+        try:
+            text = line.decode()
+            names = text.rstrip("\r\n").split(",") if self._csv else list(json.loads(text))
+        except ValueError:
+            names = []
+        found: dict[str, list[int]] = {}
+        for name in names[len(_FIRST) :]:
+            match = _COLUMN.fullmatch(name)
+            if match is None:
+                names = []
+                break
+            found.setdefault(match[1], []).append(int(match[2]))
+        own = list(range(self.num_models))
+        if tuple(names[: len(_FIRST)]) != _FIRST:
+            raise ModelBatchError(
+                f"'{self.path}' exists and is no file of MetricsLogger; choose another path, or "
+                f"give overwrite=True"
+            )
+        other = [name for name, models in found.items() if models != own]
+        missing = [name for name in self._columns if self._csv and name not in found]
+        if other or missing:
+            what = (
+                f"columns '{other[0]}' of {len(found[other[0]])} models, this bundle has "
+                f"{self.num_models}"
+                if other
+                else f"no columns '{missing[0]}'"
+            )
+            raise ModelBatchError(
+                f"'{self.path}' exists and has {what}; choose another path, or give overwrite=True"
+            )
+        if self._csv:
+            self._columns = list(found)
+
+    # ---- rows
+
+    def add_row(
+        self,
+        first: tuple[str, int, int],
+        vectors: Mapping[str, Tensor],
+        rates: list[float] | None,
+    ) -> None:
+        """Take note of a row, and write what there is if it is time.
+
+        Args:
+            first: event, epoch and step.
+            vectors: `[M]` each; they are not read now, and nobody may write into them.
+            rates: the learning rates.
+
+        Raises:
+            ModelBatchError: the bundle has another number of models than the file.
+        """
+        for name, vector in vectors.items():
+            self._check_length(name, len(vector))
+        if rates is not None:
+            self._check_length("lr", len(rates))
+            if rates == self._rates:  # they seldom change
+                rates = self._rates
+            self._rates = rates
+        self._pending.append((first, vectors, rates))
+        now = time.monotonic()
+        if len(self._pending) >= _MOST_PENDING or now - self._written >= self.flush_seconds:
+            self.flush()
+
+    def _check_length(self, name: str, length: int) -> None:
+        if length != self.num_models:
+            raise ModelBatchError(
+                f"'{self.path}' has columns for {self.num_models} models, '{name}' has {length} "
+                f"values"
+            )
+
+    def flush(self) -> None:
+        """Read what is pending, with one transfer from the device, and write it."""
+        self._written = time.monotonic()
+        pending, self._pending = self._pending, []
+        if not pending:
+            return
+        tensors = [vector for _, vectors, _ in pending for vector in vectors.values()]
+        kinds = {tensor.dtype for tensor in tensors}
+        if len(kinds) > 1:
+            tensors = [tensor.double() for tensor in tensors]
+        numbers = iter(torch.stack(tensors).tolist() if tensors else ())
+        rows: list[str] = []
+        for first, vectors, rates in pending:
+            texts = {}
+            for name, vector in vectors.items():
+                texts[name] = self._text(name, next(numbers), vector.dtype not in _NARROW)
+            if rates is not None:
+                if rates is not self._rates_text[0]:
+                    self._rates_text = (rates, self._text("lr", rates, wide=True))
+                texts["lr"] = self._rates_text[1]
+            if self._csv:
+                if new := [name for name in texts if name not in self._columns]:
+                    self._append(rows)
+                    rows = []
+                    self._add_columns(new)
+                cells = [texts.get(name, self._nothing) for name in self._columns]
+                rows.append(",".join([*map(str, first), *cells]))
+            else:
+                kind, epoch, step = first
+                start = f'{{"event": "{kind}", "epoch": {epoch}, "step": {step}'
+                rows.append(", ".join([start, *texts.values()]) + "}")
+        self._append(rows)
+
+    def _append(self, rows: list[str]) -> None:
+        if not rows:
+            return
+        rest = memoryview(("\n".join(rows) + "\n").encode())
+        while rest:  # unbuffered: one call of the system, as a rule
+            rest = rest[self._file.write(rest) :]
+        self.rows += len(rows)
+
+    def _text(self, name: str, numbers: Sequence[float], wide: bool) -> str:
+        template = self._templates.get((name, wide))
+        if template is None:
+            template = self._templates[name, wide] = self._template(name, wide)
+        text = template % tuple(numbers)
+        if self._csv or all(map(math.isfinite, numbers)):
+            return text
+        pairs = (
+            f"{json.dumps(f'{name}_model_{i}')}: {value!r}" if math.isfinite(value) else
+            f"{json.dumps(f'{name}_model_{i}')}: null"
+            for i, value in enumerate(numbers)
+        )  # fmt: skip
+        return ", ".join(pairs)
+
+    def _template(self, name: str, wide: bool) -> str:
+        """A format of M numbers: in one go it takes a third of the time of one by one."""
+        # %r is the shortest that tells it from all other float64
+        number = "%r" if wide else "%.9g"
+        if self._csv:
+            return ",".join([number] * self.num_models)
+        keys = (json.dumps(f"{name}_model_{i}") for i in range(self.num_models))
+        return ", ".join(f"{key.replace('%', '%%')}: {number}" for key in keys)
+
+    # ---- the header of CSV
+
+    def _header(self) -> bytes:
+        names = (f"{name}_model_{i}" for name in self._columns for i in range(self.num_models))
+        return (",".join([*_FIRST, *names]) + "\n").encode()
+
+    def _add_columns(self, names: Sequence[str]) -> None:
+        """Rewrite the file with further columns, which are empty in the rows so far."""
+        self._columns += names
+        self._file.close()
+        temporary = self.path.with_name(f"{self.path.name}.new")
+        with temporary.open("wb") as file:
+            file.write(self._header())
+            padding = b"," * (len(names) * self.num_models) + b"\n"
+            file.writelines(line.rstrip(b"\r\n") + padding for line in self._lines())
+        os.replace(temporary, self.path)
+        self._file = self.path.open("ab", buffering=0)
+
+    def _lines(self) -> Iterator[bytes]:
+        with self.path.open("rb") as file:
+            next(file)
+            yield from file
