@@ -101,9 +101,22 @@ def optimizer_steps(nets: list[nn.Module]) -> dict:
         "torch fused Adam, one lr: step()": torch_optimizer(stacked, groups=False),
         "ModelBatch optimizer.step(), M lrs": bundle.optimizer.step,
     }
-    if sum(p.numel() for p in stacked) < 10**7:
-        variants["torch fused Adam, M groups: step()"] = torch_optimizer(stacked, groups=True)
     return variants
+
+
+def grouped_steps(nets: list[nn.Module]) -> dict:
+    """Torch's only way to M learning rates: a parameter group for each model.
+
+    Compared by itself, because it takes so long that it would leave the others cold caches.
+    """
+    bundle = bundle_with_gradients(nets)
+    assert bundle.optimizer is not None
+    return {
+        "ModelBatch optimizer.step(), M lrs": bundle.optimizer.step,
+        "torch fused Adam, M groups: step()": torch_optimizer(
+            list(bundle.parameters()), groups=True
+        ),
+    }
 
 
 def training_steps(nets: list[nn.Module], x: Tensor, y: Tensor) -> dict:
@@ -173,6 +186,10 @@ def main() -> None:
             row["gb_per_s"] = round(parameters * BYTES_PER_PARAMETER / row["ms"] / 1e6, 1)
         show(f"{workload}, M={count} (ratios to the first row)", result)
         results.append({"workload": workload, "models": count, "variants": result})
+        if widths[0] == 20:
+            result = compare(grouped_steps(nets), args.rounds, max(repeat // 10, 1))
+            show(f"{workload}, M={count}", result)
+            results.append({"workload": workload, "models": count, "variants": result})
     # With one parameter of one element nearly all of a step is Python.
     nets = [nn.Linear(1, 1, bias=False) for _ in range(1024)]
     bundle = bundle_with_gradients(nets)
