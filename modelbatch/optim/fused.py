@@ -134,6 +134,9 @@ class FusedOptimizer(LoadingOptimizer):
             ModelGroup(group, i, table.changed, views.refresh) for i, group in enumerate(groups)
         ]
         table.fill(groups)
+        if self._complete:
+            self._state.follow(self.__dict__["param_groups"])
+            self._forget_plan()
 
     @property  # type: ignore[override]
     def state(self) -> StateViews:

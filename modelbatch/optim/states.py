@@ -113,6 +113,10 @@ class StateViews(MutableMapping[Tensor, dict[str, Any]]):
             param: (i, k) for k, rows in enumerate(params) for i, param in enumerate(rows)
         }
 
+    def follow(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Read the models' options from other groups from now on."""
+        self._groups = groups
+
     def model_state(self, i: int, k: int) -> dict[str, Any] | None:
         """Views of the state of model i's parameter k; None where torch would have none."""
         entry, rule = self._entries[k], self._rule

@@ -145,6 +145,18 @@ def test_every_option_may_be_written(cls, option, values):
     assert_equal_alone(mb, alone)
 
 
+def test_groups_may_be_replaced():
+    mb, alone, optimizers = pair(SGD)
+    train(mb, alone, optimizers, range(2))
+    new = [{**group, "lr": 0.03, "momentum": 0.5} for group in mb.optimizer.param_groups]
+    mb.optimizer.param_groups = new
+    for optimizer in optimizers:
+        optimizer.param_groups[0].update(lr=0.03, momentum=0.5)
+    train(mb, alone, optimizers, range(2, 5))
+    assert_equal_alone(mb, alone)
+    assert "momentum_buffer" in mb.optimizer.state[mb.models[0][0].weight]
+
+
 def test_a_value_that_is_no_number_is_refused_and_nothing_moves():
     mb, _, _ = pair(Adam)
     mb.train_step(*batch())
