@@ -94,6 +94,7 @@ STABLE_TORCH_LIBRARY(modelbatch, m) {
       "Tensor(d!) mu, Tensor(e!) step, " MB_OPTIM_COMMON);
 #undef MB_OPTIM_COMMON
   m.def("grad_stats(Tensor[] grads) -> (Tensor sq_norm, Tensor nonfinite)");
+  m.def("nonfinite(Tensor[] tensors) -> Tensor");
 }
 
 namespace {

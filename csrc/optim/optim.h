@@ -159,10 +159,14 @@ typedef void (*mb_optim_gather_fn)(void* dense, const void* slice, const mb_opti
  * is infinite or NaN. */
 typedef double (*mb_optim_sum_squares_fn)(const void* grad, int64_t numel, int* nonfinite);
 
+/* Whether an element of a dense slice is infinite or NaN. */
+typedef int (*mb_optim_nonfinite_fn)(const void* data, int64_t numel);
+
 typedef struct mb_optim_kernels {
   mb_optim_update_fn update[MB_RULE_COUNT][MB_OPTIM_DTYPES];
   mb_optim_gather_fn gather[MB_OPTIM_DTYPES];
   mb_optim_sum_squares_fn sum_squares[MB_OPTIM_DTYPES];
+  mb_optim_nonfinite_fn nonfinite[MB_OPTIM_DTYPES];
 } mb_optim_kernels;
 
 #endif /* MODELBATCH_OPTIM_OPTIM_H */

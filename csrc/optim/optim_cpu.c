@@ -69,6 +69,29 @@ static int64_t min_i64(int64_t a, int64_t b) { return a < b ? a : b; }
 #define BITS 64
 #include "optim/gather_body.h"
 
+/* ---- non-finite elements ----------------------------------------------------------------------
+ */
+
+/* Without its sign, a number is infinite or NaN if its bits, as an integer, are not below those of
+ * infinity. So the largest of these integers tells, and no floating-point unit is asked. */
+#define DEFINE_NONFINITE(stem, bits_type, infinity)                 \
+  static int nonfinite_##stem(const void* data, int64_t numel) {    \
+    const unsigned char* bytes = data;                              \
+    bits_type largest = 0;                                          \
+    for (int64_t e = 0; e < numel; ++e) {                           \
+      bits_type bits;                                               \
+      memcpy(&bits, bytes + e * (int64_t)sizeof bits, sizeof bits); \
+      bits &= (bits_type)((bits_type) ~(bits_type)0 >> 1);          \
+      largest = bits > largest ? bits : largest;                    \
+    }                                                               \
+    return largest >= infinity;                                     \
+  }
+
+DEFINE_NONFINITE(f32, uint32_t, 0x7f800000u)
+DEFINE_NONFINITE(f64, uint64_t, 0x7ff0000000000000u)
+DEFINE_NONFINITE(bf16, uint16_t, 0x7f80u)
+DEFINE_NONFINITE(f16, uint16_t, 0x7c00u)
+
 #define TABLE(stem) {stem##_f32, stem##_f64, stem##_bf16, stem##_f16}
 
 const mb_optim_kernels MB_NAME(mb_optim_kernels) = {
@@ -77,4 +100,5 @@ const mb_optim_kernels MB_NAME(mb_optim_kernels) = {
                TABLE(asgd)},
     .gather = {gather_32, gather_64, gather_16, gather_16},
     .sum_squares = TABLE(sum_squares),
+    .nonfinite = TABLE(nonfinite),
 };

@@ -203,6 +203,9 @@ std::tuple<Tensor, Tensor> grad_stats_cuda(const TensorList& grads) {
   return {sq_norm, nonfinite};
 }
 
+// On a GPU the flags are read from memory as fast with the sums as without.
+Tensor nonfinite_cuda(const TensorList& tensors) { return std::get<1>(grad_stats_cuda(tensors)); }
+
 }  // namespace
 }  // namespace modelbatch
 
@@ -219,4 +222,5 @@ STABLE_TORCH_LIBRARY_IMPL(modelbatch, CUDA, m) {
   m.impl("nadam_step_", TORCH_BOX(&modelbatch::nadam_step_cuda));
   m.impl("asgd_step_", TORCH_BOX(&modelbatch::asgd_step_cuda));
   m.impl("grad_stats", TORCH_BOX(&modelbatch::grad_stats_cuda));
+  m.impl("nonfinite", TORCH_BOX(&modelbatch::nonfinite_cuda));
 }

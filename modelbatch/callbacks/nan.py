@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelBatchError
-from ..optim.clip import grad_stats
+from ..optim.clip import nonfinite
 from .base import Callback, Event
 from .pack import freeze
 from .report import check_interval
@@ -136,10 +136,10 @@ class NaNCallback(Callback):
             if scale is None:
                 tensors += grads
             elif grads:
-                overflow = grad_stats(grads, len(event.mb))[1] & (scale <= 1)
+                overflow = nonfinite(grads, len(event.mb)) & (scale <= 1)
         if not tensors:
             return overflow
-        bad = grad_stats(tensors, len(event.mb))[1]
+        bad = nonfinite(tensors, len(event.mb))
         return bad if overflow is None else bad | overflow
 
     def _causes(self, event: Event, models: list[int]) -> dict[int, str]:
@@ -151,9 +151,9 @@ class NaNCallback(Callback):
             looked["loss"] = torch.isfinite(event.losses).logical_not()
         grads = [p.grad for p in parameters if p.grad is not None]
         if self.check_gradients and grads:
-            looked["gradient"] = grad_stats(grads, len(mb))[1]
+            looked["gradient"] = nonfinite(grads, len(mb))
         if self.check_weights and parameters:
-            looked["weights"] = grad_stats(parameters, len(mb))[1]
+            looked["weights"] = nonfinite(parameters, len(mb))
         flags = dict(zip(looked, torch.stack(list(looked.values())).tolist(), strict=True))
         return {i: ", ".join(name for name in flags if flags[name][i]) for i in models}
 

@@ -6,10 +6,12 @@ stacked tensors with the model axis as dim 0.
 
 from modelbatch.ops import (
     conv as conv,
+    finite as finite,
     loss as loss,
     norm as norm,
     optim as optim,
+    pointwise as pointwise,
     random as random,
 )
 
-__all__ = ["conv", "loss", "norm", "optim", "pointwise", "random"]
+__all__ = ["conv", "finite", "loss", "norm", "optim", "pointwise", "random"]

@@ -34,6 +34,8 @@ class PerModelOptimizer(Optimizer):
     _optimizer_cls: type[Optimizer]
     _configs: list[dict[str, Any]]
     _complete: bool = False
+    last_grad_norms: Tensor | None = None
+    """Norms `[M]` of the gradients that the last step clipped, as they were before, unscaled."""
 
     # Gradient clipping, GradScaler and whatever else walks over the groups of an optimizer reads
     # the gradients there, so asking for the groups is what brings them up to date.
@@ -59,6 +61,7 @@ class PerModelOptimizer(Optimizer):
             set_to_none: set them to None instead of zero.
         """
         self._views.clear(set_to_none)
+        self.last_grad_norms = None
 
     def _models_to_skip(
         self, nonfinite: Callable[[], Collection[int]] | None = None

@@ -10,13 +10,20 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..errors import ModelBatchError
-from ..ops import optim as ops
+from ..ops import finite, optim as ops
 from .base import PerModelOptimizer
 
 if TYPE_CHECKING:
     from ..bundle import Bundle
 
-__all__ = ["clip_factor", "clip_grad_norm_", "clip_grad_value_", "grad_stats", "scale_slices_"]
+__all__ = [
+    "clip_factor",
+    "clip_grad_norm_",
+    "clip_grad_value_",
+    "grad_stats",
+    "nonfinite",
+    "scale_slices_",
+]
 
 PerModel = float | Sequence[float] | Tensor
 
@@ -176,6 +183,27 @@ def grad_stats(grads: Sequence[Tensor], num_models: int) -> tuple[Tensor, Tensor
     if len(stats) == 1:
         return stats[0]
     return torch.stack([s for s, _ in stats]).sum(0), torch.stack([n for _, n in stats]).any(0)
+
+
+def nonfinite(tensors: Sequence[Tensor], num_models: int) -> Tensor:
+    """The flags of `grad_stats` alone, which cost less.
+
+    Args:
+        tensors: at least one, `[M, ...]` each, all on one device.
+        num_models: M.
+
+    Returns:
+        Whether a model has an infinite or NaN element in any of them, bool `[M]`.
+    """
+    kinds: dict[torch.dtype, list[Tensor]] = {}
+    flags = []
+    for tensor in tensors:
+        if tensor.is_sparse or tensor.is_complex() or not _has_operator(tensor.device.type):
+            flags.append(_nonfinite(tensor, num_models))
+        else:
+            kinds.setdefault(tensor.dtype, []).append(tensor)
+    flags += [finite.nonfinite(same) for same in kinds.values()]
+    return flags[0] if len(flags) == 1 else torch.stack(flags).any(0)
 
 
 def scale_slices_(grads: Iterable[Tensor], factor: Tensor, active: Sequence[bool]) -> None:

@@ -113,7 +113,7 @@ class FusedOptimizer(LoadingOptimizer):
         self._active: Tensor | None = None
         self.clip_grad_norm: Sequence[float] | None = None
         self.clip_grad_value: Sequence[float] | None = None
-        self.last_grad_norms: Tensor | None = None
+        self.last_grad_norms = None
         self._limits_key: Any = None
         self._limits_tensor: Tensor
         Optimizer.__init__(self, [dict(s.param_groups[0]) for s in stocks], stocks[0].defaults)

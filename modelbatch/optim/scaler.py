@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from .. import loss
 from ..errors import ModelBatchError
 from .base import PerModelOptimizer
-from .clip import grad_stats, scale_slices_
+from .clip import nonfinite, scale_slices_
 from .lockstep import LockstepLBFGS
 
 __all__ = ["BundleGradScaler"]
@@ -253,12 +253,12 @@ class BundleGradScaler(torch.amp.GradScaler):
             # As in torch, it is an error to update without gradients, unless nobody trains.
             return {} if any(active) else {scale.device: torch.zeros_like(scale)}
         with torch.no_grad():
-            _, nonfinite = grad_stats(grads, views.num_models)
+            overflows = nonfinite(grads, views.num_models)
             if not all(active):
-                nonfinite = nonfinite & self._flags(active, nonfinite.device)
+                overflows = overflows & self._flags(active, overflows.device)
             if inv_scale.dim():
                 scale_slices_(grads, inv_scale, active)
-        return {nonfinite.device: nonfinite.float()}
+        return {overflows.device: overflows.float()}
 
     def _flags(self, active: list[bool], device: torch.device) -> Tensor:
         return torch.tensor(active, device="cpu").to(device, non_blocking=True)

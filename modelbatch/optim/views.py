@@ -117,7 +117,7 @@ class ViewOptimizer(PerModelOptimizer):
         self.clip_grad_norm: Sequence[float] | None = None
         self.clip_grad_value: Sequence[float] | None = None
         #: Float64 `[M]`, what the last step clipped by norm; None if it did not.
-        self.last_grad_norms: Tensor | None = None
+        self.last_grad_norms = None
         # Each model's stock optimizer completes its options, refuses what torch refuses, and makes
         # whatever state the class creates at construction.
         alone = [

@@ -106,6 +106,8 @@ class TestGradStats:
         grads[3][2, 7] = float("inf")
         found, expected = emulated.grad_stats(grads), ops.grad_stats(grads)
         assert_same_bits(found[1], expected[1])
+        assert_same_bits(emulated.nonfinite(grads), ops.nonfinite(grads))
+        assert_same_bits(ops.nonfinite(grads), expected[1])
         # All terms are positive, so every order of additions is right to n roundings.
         n = sum(grad[0].numel() for grad in grads)
         torch.testing.assert_close(found[0], expected[0], rtol=n * 2.0**-53, atol=0)

@@ -22,7 +22,17 @@ def library_is_built() -> bool:
 @pytest.mark.skipif(not library_is_built(), reason="modelbatch._C_cuda was not built")
 @pytest.mark.skipif(torch.version.cuda is None, reason="torch was built without CUDA")
 @pytest.mark.parametrize(
-    "name", [*(f"{rule}_step_" for rule in HYPER), "grad_stats", "dropout", "uniform", "normal"]
+    "name",
+    [
+        *(f"{rule}_step_" for rule in HYPER),
+        "grad_stats",
+        "nonfinite",
+        "cross_entropy",
+        "tanh",
+        "dropout",
+        "uniform",
+        "normal",
+    ],
 )
 def test_the_cuda_library_registers_its_kernels(name: str) -> None:
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"modelbatch::{name}", "CUDA")

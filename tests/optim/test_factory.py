@@ -82,6 +82,8 @@ def test_clips_the_norm_of_each_model(optimizer_cls, limit):
             optimizer.step()
         torch.testing.assert_close(mb.optimizer.last_grad_norms, torch.stack(norms))
         assert mb.metrics()["grad_norm_model_1"] == pytest.approx(float(norms[1]))
+    mb.zero_grad()
+    assert "grad_norm_model_1" not in mb.metrics()
     assert_equal_alone(mb, alone)
 
 
