@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..errors import ModelBatchError
+from ..optim import FusedOptimizer
 
 if TYPE_CHECKING:
     from ..batch import ModelBatch
@@ -135,6 +136,10 @@ def tell_of_many_runs(user: str, count: int) -> None:
 
 def learning_rates(mb: "ModelBatch", optimizer: Optimizer | None) -> list[float] | None:
     """The learning rate of each model; None without an optimizer or where it has none."""
+    if optimizer is None:
+        optimizer = mb.optimizer
+    if isinstance(optimizer, FusedOptimizer):
+        return optimizer.learning_rates()
     groups = _groups(mb, optimizer)
     if not groups or "lr" not in groups[0]:
         return None

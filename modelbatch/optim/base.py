@@ -18,10 +18,13 @@ def unhooked_step(optimizer_cls: type[Optimizer]) -> Callable[..., Any]:
     """The class's own step without the hook runner that torch wraps around it.
 
     torch wraps the step of every class that was ever instantiated. The bundle's own step is
-    wrapped too, so calling the wrapped one from there would run all hooks twice.
+    wrapped too, so calling the wrapped one from there would run all hooks twice. What is around
+    the hook runner, as `torch.compile` puts it around some classes' steps, goes with it.
     """
-    step = optimizer_cls.step
-    return step.__wrapped__ if getattr(step, "hooked", False) else step  # type: ignore[attr-defined]
+    step: Any = optimizer_cls.step
+    while getattr(step, "hooked", False):
+        step = step.__wrapped__
+    return step
 
 
 class PerModelOptimizer(Optimizer):

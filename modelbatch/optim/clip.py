@@ -195,6 +195,10 @@ def nonfinite(tensors: Sequence[Tensor], num_models: int) -> Tensor:
     Returns:
         Whether a model has an infinite or NaN element in any of them, bool `[M]`.
     """
+    kind, device = tensors[0].dtype, tensors[0].device.type
+    alike = all(t.dtype is kind and t.layout is torch.strided for t in tensors)
+    if alike and not kind.is_complex and _has_operator(device):
+        return finite.nonfinite(tensors)
     kinds: dict[torch.dtype, list[Tensor]] = {}
     flags = []
     for tensor in tensors:

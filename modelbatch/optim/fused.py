@@ -330,6 +330,10 @@ class FusedOptimizer(LoadingOptimizer):
             self._limits_key, self._limits_tensor = key, limits
         return self._limits_tensor
 
+    def learning_rates(self) -> list[float]:
+        """The models' learning rates; a list that is not to be changed."""
+        return self._table.learning_rates(self.__dict__["param_groups"])
+
     def tensors_moved(self) -> None:
         """Follows parameters that were moved to another device or dtype."""
         for entry in self._entries:

@@ -103,6 +103,7 @@ class HyperTable:
         self._numbers = self._host.numpy()
         self._matrix = self._host
         self._unwatched: dict[tuple[int, str], Any] = {}
+        self._rates: list[float] | None = None
         #: (model, option) pairs written since the last `refresh`; groups add to it.
         self.changed: set[tuple[int, str]] = set()
 
@@ -110,6 +111,17 @@ class HyperTable:
     def matrix(self) -> Tensor:
         """Float64 `[K, M]`, as of the last refresh."""
         return self._matrix
+
+    def learning_rates(self, groups: list[dict[str, Any]]) -> list[float]:
+        """M learning rates; the same list again while nothing was written. It is not to be changed.
+
+        Looking through M groups at every step would take as long as many an update.
+        """
+        if self.changed or self._unwatched:
+            return [as_number(dict.get(group, "lr")) for group in groups]
+        if self._rates is None:
+            self._rates = self._host[self._rows["lr"][0]].tolist()
+        return self._rates
 
     def to(self, device: torch.device) -> None:
         """Keep the matrix on a device."""
@@ -134,7 +146,7 @@ class HyperTable:
         """
         if not self.changed and not self._unwatched:
             return False
-        deciding = False
+        deciding, self._rates = False, None
         cpu = self._host.device
         on_device: list[tuple[int, int, Tensor]] = []
         for i, option in self.changed | self._unwatched.keys():

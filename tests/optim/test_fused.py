@@ -145,6 +145,25 @@ def test_every_option_may_be_written(cls, option, values):
     assert_equal_alone(mb, alone)
 
 
+def test_learning_rates_are_read_once_until_they_change():
+    mb, _, _ = pair(Adam)
+    optimizer = mb.optimizer
+    assert optimizer.learning_rates() == [0.01, 0.02, 0.03]
+    mb.train_step(*batch())
+    rates = optimizer.learning_rates()
+    assert rates == [0.01, 0.02, 0.03]
+    mb.train_step(*batch())
+    assert optimizer.learning_rates() is rates
+    optimizer.param_groups[1]["lr"] = 0.5
+    assert optimizer.learning_rates() == [0.01, 0.5, 0.03]
+    mb.train_step(*batch())
+    assert optimizer.learning_rates() == [0.01, 0.5, 0.03]
+    optimizer.param_groups[2]["lr"] = torch.tensor(0.25)
+    mb.train_step(*batch())
+    optimizer.param_groups[2]["lr"].mul_(2)
+    assert optimizer.learning_rates() == [0.01, 0.5, 0.5]
+
+
 def test_groups_may_be_replaced():
     mb, alone, optimizers = pair(SGD)
     train(mb, alone, optimizers, range(2))
