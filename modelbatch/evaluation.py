@@ -148,4 +148,8 @@ def grad_norms(bundle: "ModelBatch") -> Tensor | None:
         for p in bundle.parameters()
         if p.grad is not None
     ]
-    return torch.stack(squares).sum(0).sqrt() if squares else None
+    if not squares:
+        return None
+    norms = torch.stack(squares).sum(0).sqrt()
+    inv_scale: Tensor | None = getattr(bundle.optimizer, "last_inv_scale", None)
+    return norms if inv_scale is None else norms * inv_scale

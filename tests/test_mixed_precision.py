@@ -84,6 +84,17 @@ def test_a_given_scaler_is_used(kind):
         assert torch.equal(vector(a), vector(b))
 
 
+@pytest.mark.parametrize("optimizer_cls", [torch.optim.SGD, torch.optim.Adafactor])
+def test_gradient_norms_are_without_the_scale(optimizer_cls):
+    norms = []
+    for scaler in (None, BundleGradScaler(init_scale=1024.0)):
+        mb = ModelBatch(models())
+        OptimizerFactory(optimizer_cls, {"lr": 0.1}, grad_scaler=scaler).create_optimizer(mb)
+        mb.train_step(*next(batches(1)))
+        norms.append([mb.metrics()[f"grad_norm_model_{i}"] for i in range(M)])
+    assert norms[0] == norms[1]
+
+
 def test_one_overflow_skips_one_model():
     class Spoils(nn.Module):
         def __init__(self):

@@ -39,6 +39,8 @@ class PerModelOptimizer(Optimizer):
     _complete: bool = False
     last_grad_norms: Tensor | None = None
     """Norms `[M]` of the gradients that the last step clipped, as they were before, unscaled."""
+    last_inv_scale: Tensor | None = None
+    """What the gradients `[M]`, left scaled, were multiplied by in the last step."""
 
     # Gradient clipping, GradScaler and whatever else walks over the groups of an optimizer reads
     # the gradients there, so asking for the groups is what brings them up to date.
@@ -64,7 +66,7 @@ class PerModelOptimizer(Optimizer):
             set_to_none: set them to None instead of zero.
         """
         self._views.clear(set_to_none)
-        self.last_grad_norms = None
+        self.last_grad_norms = self.last_inv_scale = None
 
     def _models_to_skip(
         self, nonfinite: Callable[[], Collection[int]] | None = None

@@ -229,7 +229,7 @@ class FusedOptimizer(LoadingOptimizer):
             self._read_active()
         by_call = [self._gradients(call) for call in self._calls]
         scaling: tuple[Tensor | None, ...] = (None, None, None)
-        self.last_grad_norms = None
+        self.last_grad_norms = self.last_inv_scale = None
         scaled = self.__dict__.get("grad_scale") is not None
         if scaled or self.clip_grad_norm is not None or self.clip_grad_value is not None:
             scaling = self._scaling([grad for grads in by_call for grad in grads])
@@ -313,6 +313,7 @@ class FusedOptimizer(LoadingOptimizer):
             # The reciprocal in double precision, as GradScaler takes it.
             inv_scale = scale.double().reciprocal().float().to(device).expand(num_models)
             inv_scale = inv_scale.contiguous()
+            self.last_inv_scale = inv_scale
         if self.clip_grad_norm is not None:
             squares, _ = grad_stats(grads, num_models)
             limits = self._limits(self.clip_grad_norm, device)
