@@ -17,9 +17,7 @@ std::tuple<Tensor, Tensor> grad_stats_cpu(const TensorList& grads) {
   Units units;
   Ints order;
   for (const StackedTensor& grad : args.grads) {
-    int64_t slice_numel = 1;
-    for (int64_t dim = 1; dim < grad.dims; ++dim) slice_numel *= grad.sizes[dim];
-    units.add(slice_numel);
+    units.add(slice_numel_of(grad));
     row_major_order(grad, order);
     gradients.push_back(planned_gradient(grad, order, kOptimBytes[args.dtype], layouts));
   }

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Collection, Mapping
+from functools import cache
 from typing import Any, NoReturn
 
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from ..errors import ModelBatchError
 from .configs import stock_optimizer
 from .gradients import GradientViews
 
-__all__ = ["PerModelOptimizer", "unhooked_step"]
+__all__ = ["PerModelOptimizer", "mixed_class", "unhooked_step"]
 
 
 def unhooked_step(optimizer_cls: type[Optimizer]) -> Callable[..., Any]:
@@ -25,6 +26,20 @@ def unhooked_step(optimizer_cls: type[Optimizer]) -> Callable[..., Any]:
     while getattr(step, "hooked", False):
         step = step.__wrapped__
     return step
+
+
+@cache
+def mixed_class(mixin: Any, optimizer_cls: Any) -> Any:
+    """A subclass of a mixin and a torch optimizer class, which calls itself by the latter's name.
+
+    One and the same for the same two, so that optimizers of a kind have one class.
+    """
+    own = {
+        "__module__": optimizer_cls.__module__,
+        "__qualname__": optimizer_cls.__qualname__,
+        "__doc__": optimizer_cls.__doc__,
+    }
+    return type(optimizer_cls)(optimizer_cls.__name__, (mixin, optimizer_cls), own)
 
 
 class PerModelOptimizer(Optimizer):

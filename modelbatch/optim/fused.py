@@ -1,7 +1,6 @@
 """The optimizer whose step updates all models by one operator."""
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch.optim.optimizer import (
     _global_optimizer_pre_hooks as _GLOBAL_PRE_HOOKS,
 )
 
+from .base import mixed_class
 from .clip import clip_factor, grad_stats
 from .configs import stock_optimizer
 from .gradients import GradientViews
@@ -48,9 +48,11 @@ def build_fused_optimizer(
     views: GradientViews, optimizer_cls: type[Optimizer], configs: list[dict[str, Any]]
 ) -> "FusedOptimizer":
     """Builds the fused optimizer of a class in `RULES`; see `FusedOptimizer`."""
-    return _fused_class(optimizer_cls)(  # type: ignore[arg-type]
-        views, optimizer_cls, configs
+    own: type[FusedOptimizer] = mixed_class(
+        FusedOptimizer,
+        optimizer_cls,  # type: ignore[arg-type]
     )
+    return own(views, optimizer_cls, configs)
 
 
 class _Call:
@@ -340,15 +342,3 @@ class FusedOptimizer(LoadingOptimizer):
         for entry in self._entries:
             entry.follow()
         self._pattern, self._active_flags = None, []
-
-
-@cache
-def _fused_class(optimizer_cls: type[Optimizer]) -> type[FusedOptimizer]:
-    """One subclass per optimizer class, which calls itself by that class's name."""
-    own = {
-        "__module__": optimizer_cls.__module__,
-        "__qualname__": optimizer_cls.__qualname__,
-        "__doc__": optimizer_cls.__doc__,
-    }
-    metaclass: Any = type(optimizer_cls)
-    return metaclass(optimizer_cls.__name__, (FusedOptimizer, optimizer_cls), own)

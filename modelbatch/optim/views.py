@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch.optim import LBFGS, Optimizer
 from ..errors import BatchingError, FallbackWarning, ModelBatchError
 from ..fallback import users_stacklevel
 from .adafactor import AdafactorStep
-from .base import PerModelOptimizer, unhooked_step
+from .base import PerModelOptimizer, mixed_class, unhooked_step
 from .clip import clip_factor, grad_stats, scale_slices_
 from .configs import separate_tensors, stock_optimizer
 from .gradients import GradientViews
@@ -79,9 +78,11 @@ def build_view_optimizer(
     configs = separate_tensors(configs)
     if issubclass(optimizer_cls, LBFGS):
         return LockstepLBFGS(views, optimizer_cls, configs)
-    return _view_class(optimizer_cls)(  # type: ignore[arg-type]
-        views, optimizer_cls, configs
+    own: type[ViewOptimizer] = mixed_class(
+        ViewOptimizer,
+        optimizer_cls,  # type: ignore[arg-type]
     )
+    return own(views, optimizer_cls, configs)
 
 
 class ViewOptimizer(PerModelOptimizer):
@@ -242,15 +243,3 @@ class ViewOptimizer(PerModelOptimizer):
                 raise ModelBatchError(f"{kind} gradients cannot be clipped by value")
             column = bounds.to(grad.device, grad.dtype).reshape(-1, *[1] * (grad.dim() - 1))
             grad.clamp_(-column, column)
-
-
-@cache
-def _view_class(optimizer_cls: type[Optimizer]) -> type[ViewOptimizer]:
-    """One subclass per optimizer class, which calls itself by that class's name."""
-    own = {
-        "__module__": optimizer_cls.__module__,
-        "__qualname__": optimizer_cls.__qualname__,
-        "__doc__": optimizer_cls.__doc__,
-    }
-    metaclass: Any = type(optimizer_cls)
-    return metaclass(optimizer_cls.__name__, (ViewOptimizer, optimizer_cls), own)
