@@ -50,7 +50,8 @@ def main() -> None:
     x, y = torch.randn(BATCH, WIDTHS[0]), torch.randint(WIDTHS[-1], (BATCH,))
     results: list[dict] = []
     with tempfile.TemporaryDirectory() as directory:
-        for count, repeat in ((32, 50), (256, 20), (1024, 5)):
+        # rows are written 32 at a time, so a turn has a multiple of 32 steps
+        for count, repeat in ((32, 64), (256, 32), (1024, 32)):
             nets = [mlp(*WIDTHS) for _ in range(count)]
             folder = Path(directory) / str(count)
             packs: dict[str, list[Callback] | None] = {

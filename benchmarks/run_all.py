@@ -8,6 +8,7 @@ HERE = Path(__file__).parent
 PROGRAMS = (
     ["bundle.py"],
     ["bench_optim.py"],
+    ["callbacks.py"],
     ["conv.py", "--output", str(HERE / "results" / "conv.json")],
     ["conv.py", "--keep-memory", "--output", str(HERE / "results" / "conv_keep_memory.json")],
 )

@@ -6,9 +6,11 @@
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 
+#include <cstdint>
 #include <exception>
 
 #include "common/dispatch.h"
+#include "text/decimal.h"
 
 STABLE_TORCH_LIBRARY(modelbatch, m) {
   // random: counter-based streams, one per model (csrc/random/philox.h).
@@ -28,6 +30,40 @@ STABLE_TORCH_LIBRARY(modelbatch, m) {
       "convolution_backward(Tensor grad_output, Tensor input, Tensor weight, int[] stride, "
       "int[] padding, int[] dilation, bool transposed, int[] output_padding, int groups, "
       "bool need_input, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)");
+
+  // rnn: one layer and direction of every model's LSTM, GRU or RNN. Dim 0 of every argument is M,
+  // or 1: shared by all models. The rows of all T steps lie one after another, batch_sizes[t] of
+  // them (not rising) for step t, N together, B = batch_sizes[0]; reverse runs from the last step
+  // to the first. x [M, N, I], w_ih [M, GH, I], w_hh [M, GH, P], biases [M, GH], w_hr [M, P, H], h0
+  // [M, B, P], c0 [M, B, H]; y [M, N, P]. G = 4 (gates i, f, g, o), 3 (r, z, n) or 1; P = H without
+  // w_hr. gates [M, N, 4H] and cells [M, N, H] are what the backward wants to know. Gradients that
+  // nobody needs are of shape [0].
+  m.def(
+      "lstm(Tensor x, Tensor h0, Tensor c0, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, "
+      "Tensor? w_hr, int[] batch_sizes, bool reverse) "
+      "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)");
+  m.def(
+      "lstm_backward(Tensor? grad_y, Tensor? grad_h_n, Tensor? grad_c_n, Tensor x, Tensor h0, "
+      "Tensor c0, Tensor w_ih, Tensor w_hh, Tensor? w_hr, Tensor y, Tensor gates, Tensor cells, "
+      "int[] batch_sizes, bool reverse, bool need_x, bool need_state, bool need_weight) "
+      "-> (Tensor dx, Tensor dh0, Tensor dc0, Tensor dw_ih, Tensor dw_hh, Tensor db, Tensor "
+      "dw_hr)");
+  m.def(
+      "gru(Tensor x, Tensor h0, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, "
+      "int[] batch_sizes, bool reverse) -> (Tensor y, Tensor h_n, Tensor gates)");
+  m.def(
+      "gru_backward(Tensor? grad_y, Tensor? grad_h_n, Tensor x, Tensor h0, Tensor w_ih, "
+      "Tensor w_hh, Tensor y, Tensor gates, int[] batch_sizes, bool reverse, bool need_x, "
+      "bool need_state, bool need_weight) "
+      "-> (Tensor dx, Tensor dh0, Tensor dw_ih, Tensor dw_hh, Tensor db_ih, Tensor db_hh)");
+  m.def(
+      "rnn(Tensor x, Tensor h0, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, "
+      "int[] batch_sizes, bool reverse, bool relu) -> (Tensor y, Tensor h_n)");
+  m.def(
+      "rnn_backward(Tensor? grad_y, Tensor? grad_h_n, Tensor x, Tensor h0, Tensor w_ih, "
+      "Tensor w_hh, Tensor y, int[] batch_sizes, bool reverse, bool relu, bool need_x, "
+      "bool need_state, bool need_weight) "
+      "-> (Tensor dx, Tensor dh0, Tensor dw_ih, Tensor dw_hh, Tensor db)");
 
   // loss: logits [M, B, C], target [B] or [M, B]; the losses [M] and, if wanted, their derivative
   // with respect to the logits.
@@ -119,10 +155,42 @@ PyObject* built_isas(PyObject*, PyObject*) {
   return names;
 }
 
+// The rows of a float32 matrix as lines of text with commas.
+PyObject* format_rows(PyObject*, PyObject* args) {
+  unsigned long long address = 0;
+  Py_ssize_t rows = 0, columns = 0;
+  if (!PyArg_ParseTuple(args, "Knn", &address, &rows, &columns)) return nullptr;
+  if (rows < 0 || columns < 0 || columns > PY_SSIZE_T_MAX / (MB_MAX_F32_TEXT + 1)) {
+    return PyErr_Format(PyExc_ValueError, "bad number of rows or columns");
+  }
+  const float* value = reinterpret_cast<const float*>(static_cast<uintptr_t>(address));
+  char* buffer = static_cast<char*>(PyMem_Malloc(columns * (MB_MAX_F32_TEXT + 1) + 1));
+  if (buffer == nullptr) return PyErr_NoMemory();
+  PyObject* lines = PyList_New(rows);
+  for (Py_ssize_t row = 0; lines != nullptr && row < rows; ++row) {
+    char* end = buffer;
+    for (Py_ssize_t column = 0; column < columns; ++column) {
+      if (column > 0) *end++ = ',';
+      end = mb_write_f32(end, *value++);
+    }
+    PyObject* line = PyUnicode_FromStringAndSize(buffer, end - buffer);
+    if (line == nullptr || PyList_SetItem(lines, row, line) != 0) {
+      Py_DECREF(lines);
+      lines = nullptr;
+    }
+  }
+  PyMem_Free(buffer);
+  return lines;
+}
+
 PyMethodDef methods[] = {
     {"isa", isa, METH_NOARGS, "The instruction set whose kernels are in use."},
     {"built_isas", built_isas, METH_NOARGS,
      "The instruction sets that this build has kernels for."},
+    {"format_rows", format_rows, METH_VARARGS,
+     "format_rows(address, rows, columns): the rows of a contiguous float32 matrix in the memory "
+     "of "
+     "this process, as lines of text with commas. Each number reads back as the same bits."},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -60,6 +60,20 @@ def built_isas() -> list[str]:
     return _C.built_isas()
 
 
+def format_rows(values: torch.Tensor) -> list[str]:
+    """Writes the rows of a matrix as text: numbers with at most nine digits, and commas.
+
+    Args:
+        values: float32 `[R, C]` on the CPU.
+
+    Returns:
+        R lines; reading their numbers gives the same bits. NaN is `nan`, infinity `inf`.
+    """
+    values = values.detach().contiguous()
+    assert values.dtype is torch.float32 and values.device.type == "cpu" and values.dim() == 2
+    return _C.format_rows(values.data_ptr(), *values.shape)
+
+
 def has_cuda_library() -> bool:
     """Returns whether the CUDA kernels are loaded."""
     return _cuda_loaded

@@ -12,13 +12,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .._extension import format_rows
 from ..errors import ModelBatchError
 
 __all__ = ["TableFile"]
 
 _FIRST = ("event", "epoch", "step")
 _MOST_PENDING = 32
-_NARROW = (torch.float32, torch.float16, torch.bfloat16)  # 9 digits tell all of them apart
+_NARROW = (torch.float32, torch.float16, torch.bfloat16)  # float32 holds all of them
 _Row = tuple[tuple[str, int, int], Mapping[str, Tensor], list[float] | None]
 _COLUMN = re.compile(r"(.+)_model_(\d+)")
 
@@ -53,7 +54,7 @@ class TableFile:
         self.rows = 0
         self._csv = format == "csv"
         self._columns = list(columns)
-        self._templates: dict[tuple[str, bool], str] = {}
+        self._templates: dict[str, str] = {}
         self._nothing = "," * (num_models - 1)
         self._pending: list[_Row] = []
         self._rates: list[float] = []
@@ -168,18 +169,13 @@ class TableFile:
         if not pending:
             return
         tensors = [vector for _, vectors, _ in pending for vector in vectors.values()]
-        kinds = {tensor.dtype for tensor in tensors}
-        if len(kinds) > 1:
-            tensors = [tensor.double() for tensor in tensors]
-        numbers = iter(torch.stack(tensors).tolist() if tensors else ())
+        lines = iter(_written(tensors))
         rows: list[str] = []
         for first, vectors, rates in pending:
-            texts = {}
-            for name, vector in vectors.items():
-                texts[name] = self._text(name, next(numbers), vector.dtype not in _NARROW)
+            texts = {name: self._text(name, next(lines)) for name in vectors}
             if rates is not None:
                 if rates is not self._rates_text[0]:
-                    self._rates_text = (rates, self._text("lr", rates, wide=True))
+                    self._rates_text = (rates, self._text("lr", ",".join(map(repr, rates))))
                 texts["lr"] = self._rates_text[1]
             if self._csv:
                 if new := [name for name in texts if name not in self._columns]:
@@ -202,28 +198,20 @@ class TableFile:
             rest = rest[self._file.write(rest) :]
         self.rows += len(rows)
 
-    def _text(self, name: str, numbers: Sequence[float], wide: bool) -> str:
-        template = self._templates.get((name, wide))
-        if template is None:
-            template = self._templates[name, wide] = self._template(name, wide)
-        text = template % tuple(numbers)
-        if self._csv or all(map(math.isfinite, numbers)):
-            return text
-        pairs = (
-            f"{json.dumps(f'{name}_model_{i}')}: {value!r}" if math.isfinite(value) else
-            f"{json.dumps(f'{name}_model_{i}')}: null"
-            for i, value in enumerate(numbers)
-        )  # fmt: skip
-        return ", ".join(pairs)
-
-    def _template(self, name: str, wide: bool) -> str:
-        """A format of M numbers: in one go it takes a third of the time of one by one."""
-        # %r is the shortest that tells it from all other float64
-        number = "%r" if wide else "%.9g"
+    def _text(self, name: str, line: str) -> str:
+        """The cells of a value for all models, from its numbers with commas between them."""
         if self._csv:
-            return ",".join([number] * self.num_models)
-        keys = (json.dumps(f"{name}_model_{i}") for i in range(self.num_models))
-        return ", ".join(f"{key.replace('%', '%%')}: {number}" for key in keys)
+            return line
+        numbers = line.split(",")
+        if "n" in line:  # inf or nan, which JSON does not have
+            numbers = ["null" if "n" in number else number for number in numbers]
+        template = self._templates.get(name)
+        if template is None:
+            keys = (json.dumps(f"{name}_model_{i}") for i in range(self.num_models))
+            # in one go, which takes a third of the time of one by one
+            template = ", ".join(f"{key.replace('%', '%%')}: %s" for key in keys)
+            self._templates[name] = template
+        return template % tuple(numbers)
 
     # ---- the header of CSV
 
@@ -247,3 +235,18 @@ class TableFile:
         with self.path.open("rb") as file:
             next(file)
             yield from file
+
+
+def _written(vectors: Sequence[Tensor]) -> list[str]:
+    """The numbers of each vector with commas between them, after one transfer from the device."""
+    if not vectors:
+        return []
+    if all(vector.dtype in _NARROW for vector in vectors):
+        return format_rows(torch.stack([vector.float() for vector in vectors]).cpu())
+    narrow = [vector.dtype in _NARROW for vector in vectors]
+    rows = torch.stack([vector.double() for vector in vectors]).cpu()
+    # the shortest text that is read back as the same float64; a float32 has a shorter one
+    return [
+        format_rows(row.float().unsqueeze(0))[0] if short else ",".join(map(repr, row.tolist()))
+        for row, short in zip(rows, narrow, strict=True)
+    ]
