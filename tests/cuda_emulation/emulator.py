@@ -64,6 +64,7 @@ def build_operators(kernels: Path, torch_folder: Path) -> Path:
     flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030a0000"]
     csrc = ROOT / "csrc"
     sources = [csrc / "library.cpp", csrc / "common" / "dispatch.cpp", csrc / "common" / "isa.c"]
+    sources.append(csrc / "text" / "decimal.c")
     sources += sorted(csrc.rglob("*_cuda_ops.cpp"))
     sources.remove(csrc / "library_cuda_ops.cpp")  # no operators, but a Python module
     libraries = [str(kernels), f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"]
