@@ -1,5 +1,6 @@
 """Earlier and other programs that the benchmarks compare with, fetched from PyPI on first use."""
 
+import importlib
 import importlib.util
 import subprocess
 import sys
@@ -31,3 +32,22 @@ def modelbatch_010() -> ModuleType:
     sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
+
+
+def jax() -> ModuleType:
+    """JAX for the CPU."""
+    folder = RIVALS / "jax"
+    if not folder.exists():
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--target",
+            str(folder),
+            "jax",
+        ]
+        subprocess.run(command, check=True)
+    sys.path.append(str(folder))
+    return importlib.import_module("jax")

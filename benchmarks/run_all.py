@@ -9,6 +9,7 @@ PROGRAMS = (
     ["bundle.py"],
     ["bench_optim.py"],
     ["callbacks.py"],
+    ["bench_rnn.py"],
     ["conv.py", "--output", str(HERE / "results" / "conv.json")],
     ["conv.py", "--keep-memory", "--output", str(HERE / "results" / "conv_keep_memory.json")],
 )

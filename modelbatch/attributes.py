@@ -38,6 +38,7 @@ _PER_MODEL: list[tuple[type[nn.Module], frozenset[str]]] = [
     (nn.Hardshrink, frozenset({"lambd"})),
     (nn.RReLU, frozenset({"lower", "upper"})),
     (nn.MultiheadAttention, frozenset({"dropout"})),
+    (nn.RNNBase, frozenset({"dropout"})),
     (nn.CosineSimilarity, frozenset({"eps"})),
     (_Loss, frozenset({"label_smoothing", "delta", "beta", "margin", "eps"})),
 ]

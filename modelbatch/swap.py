@@ -54,6 +54,8 @@ def swapped(
             if isinstance(module, nn.RNNBase):
                 flat = [getattr(module, n, None) for n in module._flat_weights_names]
                 put(module.__dict__, "_flat_weights", flat)
+                # unset, or the module would notice other weights and collect them again
+                put(module.__dict__, "_flat_weight_refs", [None] * len(flat))
             elif level is not None and _is_cumulative(stack, index, module):
                 put(module.__dict__, "forward", functools.partial(cumulative_batch_norm, module))  # type: ignore[arg-type]
             elif level is not None and type(module) is nn.TransformerEncoder:

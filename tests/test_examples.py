@@ -8,7 +8,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-EXAMPLES = ("simple_demo.py", "quick_consistency_test.py", "per_model_schedules.py")
+EXAMPLES = (
+    "simple_demo.py",
+    "quick_consistency_test.py",
+    "per_model_schedules.py",
+    "lstm_sweep.py",
+)
 
 
 def run(script: str, *flags: str) -> "subprocess.CompletedProcess[str]":
@@ -79,6 +84,18 @@ def test_per_model_schedules_gives_every_model_its_own() -> None:
     assert first[:4] == ["0.02000", "0.02000", "0.02000", "0.00400"]
     assert last[:3] == ["0.02000", "0.00054", "0.01024"]
     assert last[5] == last[0]
+
+
+def test_lstm_sweep_finds_a_learning_rate() -> None:
+    done = run("lstm_sweep.py", "--models", "3", "--epochs", "2", "--hidden", "16")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [line.strip("│ ").split("│") for line in done.stdout.splitlines() if "│" in line]
+    assert [row[1].strip() for row in rows] == ["1.00e-04", "3.16e-03", "1.00e-01"]
+    accuracies = [float(row[3].split("%")[0]) for row in rows]
+    assert max(accuracies) > 50
+    assert done.stdout.count("% best") == 1
+    assert "speed-up: " in done.stdout
+    assert "Warning" not in done.stderr
 
 
 @pytest.mark.parametrize("script", EXAMPLES)

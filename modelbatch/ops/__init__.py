@@ -12,6 +12,8 @@ from modelbatch.ops import (
     optim as optim,
     pointwise as pointwise,
     random as random,
+    rnn as rnn,
+    rnn_batching as rnn_batching,
 )
 
-__all__ = ["conv", "finite", "loss", "norm", "optim", "pointwise", "random"]
+__all__ = ["conv", "finite", "loss", "norm", "optim", "pointwise", "random", "rnn", "rnn_batching"]

@@ -25,12 +25,28 @@ def _needs_autograd(args: tuple[Any, ...]) -> bool:
     )
 
 
+def has_tangent(*args: Any) -> bool:
+    """Whether a tensor carries a forward-mode derivative.
+
+    Args:
+        args: of an operator's kernel, where a transform's own wrappers are on the outside.
+    """
+    if forward_ad._current_level < 0:
+        return False
+    return any(
+        forward_ad.unpack_dual(arg).tangent is not None
+        for arg in args
+        if isinstance(arg, torch.Tensor)
+    )
+
+
 def register_autograd(
     name: str,
     backward: Callable[..., Any],
     *,
     setup_context: Callable[[Any, tuple[Any, ...], Any], None],
     jvp: Callable[..., Any] | None = None,
+    forward_mode: Callable[..., Any] | None = None,
 ) -> None:
     """Registers the derivatives of an operator.
 
@@ -44,6 +60,9 @@ def register_autograd(
             ``ctx.save_for_backward`` and, for ``jvp``, also by ``ctx.save_for_forward``.
         jvp: ``jvp(ctx, *tangents)`` returns the tangent of the output. Without it forward mode
             raises an error.
+        forward_mode: ``forward_mode(*args)`` computes the operator itself in operators that have
+            forward derivatives; it is called in place of the kernel where an argument carries one.
+            It may return NotImplemented to leave a case to ``jvp``.
     """
     op = getattr(torch.ops.modelbatch, name).default
 
@@ -81,6 +100,10 @@ def register_autograd(
     def kernel(keyset: Any, *args: Any) -> Any:
         if not _needs_autograd(args):
             return run(keyset, args)
+        if forward_mode is not None and has_tangent(*args):
+            output = forward_mode(*args)
+            if output is not NotImplemented:
+                return output
         if not torch._C._are_functorch_transforms_active():
             return function.apply(*args, keyset)
         with enable_single_level_autograd_function():

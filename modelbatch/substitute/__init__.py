@@ -14,6 +14,7 @@ from . import (
     pointwise,
     random_ops,
     rewrites,
+    rnn,
 )
 from .autocast import install
 from .dense import GradMemory
@@ -39,4 +40,5 @@ __all__ = [
     "pointwise",
     "random_ops",
     "rewrites",
+    "rnn",
 ]

@@ -1,7 +1,7 @@
-"""Losses, distances and recurrent cells that vmap would loop over, in torch functions it knows.
+"""Losses, distances and products that vmap would loop over, in torch functions it knows.
 
 A rewrite is code for one model. It runs where an argument differs between models, with the rules in
-force, so that a linear layer within a cell is computed as any other.
+force, so that what it calls is computed as any other call.
 """
 
 import math
@@ -279,72 +279,3 @@ def sparse_matmul(call: Call, func: Any, args: tuple[Any, ...], kwargs: dict[str
         dense = call.physical(args[1])  # [M, N, F]
         out = func(args[0], dense.transpose(0, 1).flatten(1), **kwargs)
         return call.wrap(out.unflatten(1, (dense.shape[0], dense.shape[2])).transpose(0, 1))
-
-
-# ---- recurrent cells
-
-
-def _fits(x: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor) -> bool:
-    return (
-        x.shape[:-1] == h.shape[:-1]
-        and x.shape[-1] == w_ih.shape[1]
-        and h.shape[-1] == w_hh.shape[1]
-    )
-
-
-@rewrite(torch.gru_cell)
-def gru_cell(
-    input: Tensor,
-    hx: Tensor,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None = None,
-    b_hh: Tensor | None = None,
-) -> Any:
-    """A GRU cell; gates in torch's order: reset, update, new."""
-    if not _fits(input, hx, w_ih, w_hh):
-        return NotImplemented
-    reset_x, update_x, new_x = F.linear(input, w_ih, b_ih).chunk(3, -1)
-    reset_h, update_h, new_h = F.linear(hx, w_hh, b_hh).chunk(3, -1)
-    update = torch.sigmoid(update_x + update_h)
-    new = torch.tanh(new_x + torch.sigmoid(reset_x + reset_h) * new_h)
-    return (hx - new) * update + new
-
-
-def _rnn_cell(activation: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
-    def cell(
-        input: Tensor,
-        hx: Tensor,
-        w_ih: Tensor,
-        w_hh: Tensor,
-        b_ih: Tensor | None = None,
-        b_hh: Tensor | None = None,
-    ) -> Any:
-        if not _fits(input, hx, w_ih, w_hh):
-            return NotImplemented
-        return activation(F.linear(input, w_ih, b_ih) + F.linear(hx, w_hh, b_hh))
-
-    return cell
-
-
-rewrite(torch.rnn_tanh_cell)(_rnn_cell(torch.tanh))
-rewrite(torch.rnn_relu_cell)(_rnn_cell(torch.relu))
-
-
-@rewrite(torch.lstm_cell)
-def lstm_cell(
-    input: Tensor,
-    hx: Any,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None = None,
-    b_hh: Tensor | None = None,
-) -> Any:
-    """An LSTM cell; gates in torch's order: input, forget, cell, output."""
-    h, c = hx
-    if not _fits(input, h, w_ih, w_hh) or c.shape[:-1] != h.shape[:-1]:
-        return NotImplemented
-    gates = F.linear(input, w_ih, b_ih) + F.linear(h, w_hh, b_hh)
-    into, forget, cell, out = gates.chunk(4, -1)
-    c = torch.sigmoid(forget) * c + torch.sigmoid(into) * torch.tanh(cell)
-    return torch.sigmoid(out) * torch.tanh(c), c

@@ -12,12 +12,12 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cuda_emulation import loss_cases, optim_cases, pointwise_cases, random_cases
+from cuda_emulation import loss_cases, optim_cases, pointwise_cases, random_cases, rnn_cases
 from cuda_emulation.emulator import ORDERS, Emulator, exact
 
 # The sanitizers see the same accesses in every order, nearly.
 SANITIZED_ORDERS = ORDERS[1:3]
-FAMILIES = [random_cases, loss_cases, pointwise_cases, optim_cases]
+FAMILIES = [random_cases, loss_cases, pointwise_cases, optim_cases, rnn_cases]
 
 
 def digest(emulator: Emulator, order: tuple[str, int]) -> str:
