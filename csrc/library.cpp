@@ -131,6 +131,15 @@ STABLE_TORCH_LIBRARY(modelbatch, m) {
 #undef MB_OPTIM_COMMON
   m.def("grad_stats(Tensor[] grads) -> (Tensor sq_norm, Tensor nonfinite)");
   m.def("nonfinite(Tensor[] tensors) -> Tensor");
+
+  // engine: K whole training steps of every model in one call, for small networks. program,
+  // numbers, flags and the results are described in csrc/engine/engine.h.
+  m.def(
+      "train_steps_(Tensor(a!)[] params, Tensor(b!)[] buffers, Tensor(c!)[] states, "
+      "Tensor(d!) step, Tensor x, Tensor target, Tensor? sample_weight, Tensor program, "
+      "Tensor numbers, Tensor hyper, Tensor? lr, Tensor? active, Tensor? clip_norm, "
+      "Tensor? clip_value, Tensor? seed, Tensor? stream_step, int rule, int flags) "
+      "-> (Tensor losses, Tensor status, Tensor grad_norm)");
 }
 
 namespace {

@@ -10,8 +10,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import evaluation, loss
+from .change import Change, Followers
 from .class_loss import cross_entropy, ignore_index_of
 from .compilation import Compiled
+from .engine import Engine
+from .engine.describe import step_path
 from .errors import ModelBatchError
 from .explain import Report
 from .forward import Forward
@@ -113,10 +116,13 @@ class ModelBatch(Steps):
         self._grad_memory = GradMemory()
         self._forward = Forward(self._stack, streams, fallback, self._grad_memory)
         self._active = [True] * len(models)
+        self._ids, self._next_id = list(range(len(models))), len(models)
+        self._followers = Followers()
         self._active_tensor: Tensor | None = None
         self._latest_losses: Tensor | None = None
         self._looped_losses: set[Any] = set()
         self._compiled: Compiled | None = None
+        self._engine = Engine()
         self._optimizer: Optimizer | None = None
         self._recipe = None
         self._grad_scaler: torch.amp.GradScaler | None = None
@@ -125,7 +131,8 @@ class ModelBatch(Steps):
             node.training = module.training
         if configs is not None:
             assert optimizer_cls is not None
-            self._build_optimizer(optimizer_cls, configs, {})
+            common = optimizer_kwargs if isinstance(optimizer_kwargs, Mapping) else None
+            self._build_optimizer(optimizer_cls, configs, {}, base=common)
         if base_batch is not None:
             self._try(base_batch)
 
@@ -232,6 +239,7 @@ class ModelBatch(Steps):
         if reduction not in ("mean", "sum", "none"):
             raise ModelBatchError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
         losses = self._losses(outputs, targets, loss_fn, sample_weight)
+        self._engine.nothing()
         self._latest_losses = losses.detach()
         return loss.combine(losses, self._active_tensor, reduction)
 
@@ -337,8 +345,7 @@ class ModelBatch(Steps):
         """How each operation of the forward is computed for these arguments; changes nothing."""
         leaves, spec = flatten_call(args, kwargs)
         values, batched = resolve(leaves, not self.shared_input, self.num_models, "input")
-        path = "vmap with the operators of modelbatch"
-        report = Report(self.num_models, "compiled" if self._compiled else path)
+        report = Report(self.num_models, step_path(self, args, kwargs))
         self._forward.explain(report, values, batched, spec)
         return report
 
@@ -359,6 +366,18 @@ class ModelBatch(Steps):
         """
         self._compiled = Compiled(self, torch_compile_kwargs)
         return self
+
+    # ---- models that come and go
+
+    def _structure_changed(self, change: Change) -> None:
+        super()._structure_changed(change)
+        if self._latest_losses is not None:
+            self._latest_losses = change.rows(self._latest_losses, torch.nan)
+        self._without_samples = frozenset(change.renumber(self._without_samples))
+        if self._compiled is not None:
+            self._compiled.graphs.clear()
+        self._engine.nothing()
+        self._engine.forget()
 
     # ---- construction helpers
 

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .bundle import Bundle
+from .engine import Engine
+from .engine.several import several_steps
 from .errors import ModelBatchError
 from .optim import BundleGradScaler, LockstepLBFGS, PerModelOptimizer
 from .pytree import flatten
@@ -20,6 +22,8 @@ class Steps(Bundle):
 
     shared_input: bool
     _latest_losses: Tensor | None
+    _compiled: Any
+    _engine: Engine
     _without_samples: frozenset[int] = frozenset()
     """The models that had no sample in the last `train_step`."""
 
@@ -154,6 +158,9 @@ class Steps(Bundle):
     ) -> Tensor:
         """Clear gradients, forward, loss, backward and optimizer step for all models.
 
+        Small networks of common layers take the whole step in one call, see `enable_engine`: the
+        gradients then never exist as tensors, and every `.grad` is None afterwards.
+
         Args:
             x: a tensor, a tuple of positional or a dict of keyword arguments.
             y: targets, see `compute_loss`.
@@ -178,6 +185,22 @@ class Steps(Bundle):
             self.step()
         if self._without_samples:
             self._without_samples = frozenset()
+        if amp_dtype is None:
+            losses = self._engine.step(self, x, y, loss_fn, sample_weight)
+            if losses is not None:
+                return losses
+        losses = self._general_step(x, y, loss_fn, sample_weight, amp_dtype)
+        self._engine.general_path_done(self)
+        return losses
+
+    def _general_step(
+        self,
+        x: Any,
+        y: Any,
+        loss_fn: Callable[..., Tensor],
+        sample_weight: Any,
+        amp_dtype: torch.dtype | None,
+    ) -> Tensor:
         if sample_weight is None:
             return self._train_step(x, y, loss_fn, None, amp_dtype)
         shared = shared_tensors(flatten(x)[0], not self.shared_input)
@@ -188,6 +211,53 @@ class Steps(Bundle):
             losses = self._train_step(x, y, loss_fn, weights.given, amp_dtype)
             self._without_samples = frozenset(i for i, n in enumerate(weights.used) if n == 0)
             return losses
+
+    def train_steps(
+        self,
+        x: Any,
+        y: Any,
+        *,
+        loss_fn: Callable[..., Tensor] = F.cross_entropy,
+        sample_weight: Any = None,
+        lr: Any = None,
+    ) -> Tensor:
+        """K training steps: bit for bit what K calls of `train_step` do, in less time.
+
+        Where the engine takes the steps, it does so model by model: the parameters and the
+        optimizer's state of a model are in the caches for K steps.
+
+        Args:
+            x: as for `train_step`, with a leading axis of K steps on every tensor: `[K, B, ...]`,
+                or `[K, M, B, ...]` where each model has its own.
+            y: targets, likewise.
+            loss_fn: see `compute_loss`.
+            sample_weight: `[K, B]` or `[K, M, B]`.
+            lr: learning rates for these steps, `[K]` for all models or `[K, M]`, in the place of
+                those in the optimizer's groups, which stay as they are.
+
+        Returns:
+            The losses `[K, M]`, detached.
+
+        Raises:
+            ModelBatchError: tensors of different K, bad learning rates, or see `train_step`. Steps
+                before one that fails may have been done.
+        """
+        if self._optimizer is None:
+            self.step()
+        return several_steps(self, x, y, loss_fn, sample_weight, lr)
+
+    def enable_engine(self, enabled: bool = True) -> "Steps":
+        """Let `train_step` use the engine, or not; it does by default.
+
+        Args:
+            enabled: False sends every step through torch's operators, one after another.
+
+        Returns:
+            The bundle.
+        """
+        self._engine.enabled = enabled
+        self._engine.forget()
+        return self
 
     def _rest(self) -> Tensor:
         """The step of a batch in which no model that trains has a sample."""

@@ -82,7 +82,9 @@ def fit(
         checkpoint_dir: where `mb.save_all` keeps the latest state, which `mb.load_all` reads too.
         checkpoint_every: epochs between checkpoints; there is always one at the end.
         resume: go on from the checkpoint in `checkpoint_dir`, if there is one, as if training had
-            never stopped. Give the same arguments and data as before (`epochs` may differ).
+            never stopped. Give the same arguments and data as before (`epochs` may differ), and a
+            bundle built as before: models that have left since leave it, and models that joined
+            are made anew.
 
     Returns:
         The curves of all models, those before a resume included.
@@ -170,4 +172,5 @@ class _Checkpoint:
     def load(self) -> None:
         """Take over the state, if there is one."""
         if self.directory is not None and (self.directory / MANIFEST).exists():
-            self.loop.mb.load_all(self.directory, states=self.loop.states())
+            # callbacks may have removed models, or taken in others, since the script built them
+            self.loop.mb.load_all(self.directory, states=self.loop.states(), resize=True)

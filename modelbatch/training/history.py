@@ -1,12 +1,13 @@
 """The curves of a training, per model."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..change import Change
 from ..errors import ModelBatchError
 
 if TYPE_CHECKING:
@@ -35,16 +36,24 @@ class History:
     training at its end. The curve of a frozen model goes on with what its weights, which rest,
     are worth.
 
+    Where models come and go during the training there is a column for every model that ever was,
+    `model_ids` says which: NaN (False for `"active"`) before it joined and after it left.
+
     Args:
         num_models: M.
+        model_ids: of the models; 0 to M - 1 by default.
 
     Attributes:
+        num_models: how many columns the curves have.
+        model_ids: the id of the model of each column.
         status: `"finished"`, `"interrupted"` (Ctrl-C), `"stopped"` (by a callback), or `"frozen"`
             (no model was active any more).
     """
 
-    def __init__(self, num_models: int) -> None:
+    def __init__(self, num_models: int, model_ids: Sequence[int] | None = None) -> None:
         self.num_models = num_models
+        self.model_ids = list(range(num_models) if model_ids is None else model_ids)
+        self._columns = list(range(num_models))  # of the models that there are now
         self.status = "finished"
         self._curves: dict[str, list[Tensor]] = {}
         self._seconds: list[float] = []
@@ -92,8 +101,28 @@ class History:
         for name in rows:
             self._curves.setdefault(name, [missing] * self.epochs)
         for name, curve in self._curves.items():
-            curve.append(rows.get(name, missing))
+            curve.append(self._spread(rows[name]) if name in rows else missing)
         self._seconds.append(seconds)
+
+    def _spread(self, row: Tensor) -> Tensor:
+        """Values `[M]` of the models that there are, in the columns of all that ever were."""
+        if len(self._columns) == self.num_models and self._columns == sorted(self._columns):
+            return row
+        nothing = False if row.dtype == torch.bool else torch.nan
+        wide = row.new_full((self.num_models,), nothing)
+        wide[self._columns] = row
+        return wide
+
+    def models_changed(self, change: Change) -> None:
+        """Record what follows for the models that there are after a change."""
+        new = [model_id for model_id in change.ids if model_id not in self.model_ids]
+        for curve in self._curves.values():
+            for epoch, row in enumerate(curve):
+                nothing = False if row.dtype == torch.bool else torch.nan
+                curve[epoch] = torch.cat([row, row.new_full((len(new),), nothing)])
+        self.model_ids += new
+        self.num_models = len(self.model_ids)
+        self._columns = [self.model_ids.index(model_id) for model_id in change.ids]
 
     # ---- questions to it
 
@@ -105,7 +134,7 @@ class History:
             mode: `"min"` or `"max"`; may be left out for losses, which are to be small.
 
         Returns:
-            (model, value, epoch), the first if several are equal.
+            (model, value, epoch), the first if several are equal; the model by its id.
 
         Raises:
             ModelBatchError: no such curve, a bad mode, or nothing but NaN.
@@ -123,8 +152,8 @@ class History:
         filled = torch.where(values != values, worst, values)
         extreme = filled.min() if mode == "min" else filled.max()
         at = int((values == extreme).flatten().nonzero()[0])
-        epoch, model = divmod(at, self.num_models)
-        return Best(model, float(extreme), epoch)
+        epoch, column = divmod(at, self.num_models)
+        return Best(self.model_ids[column], float(extreme), epoch)
 
     def to_dataframe(self) -> "pandas.DataFrame":
         """A table of one number per row: the columns are epoch, model, metric and value.
@@ -150,7 +179,7 @@ class History:
         return pandas.DataFrame(
             {
                 "epoch": epoch.numpy(),
-                "model": model.numpy(),
+                "model": torch.tensor(self.model_ids)[model].numpy(),
                 "metric": pandas.Categorical.from_codes(metric.numpy(), categories=names),
                 "value": values.flatten().numpy(),
             }
@@ -199,6 +228,8 @@ class History:
         """Everything in plain containers and tensors `[E, M]`."""
         return {
             "num_models": self.num_models,
+            "model_ids": list(self.model_ids),
+            "columns": list(self._columns),
             "status": self.status,
             "curves": {name: torch.stack(curve) for name, curve in self._curves.items()},
             "seconds": list(self._seconds),
@@ -210,10 +241,14 @@ class History:
         Raises:
             ModelBatchError: it is that of another number of models; nothing has changed then.
         """
-        if state_dict["num_models"] != self.num_models:
+        saved = state_dict["num_models"]
+        columns = state_dict.get("columns", range(saved))
+        if len(columns) != len(self._columns):
             raise ModelBatchError(
-                f"the history is of {state_dict['num_models']} models, not of {self.num_models}"
+                f"the history is of {len(columns)} models, not of {len(self._columns)}"
             )
+        self.num_models, self._columns = saved, list(columns)
+        self.model_ids = list(state_dict.get("model_ids", range(saved)))
         self.status = state_dict["status"]
         curves = state_dict["curves"].items()
         self._curves = {name: list(curve.detach().cpu().clone()) for name, curve in curves}

@@ -12,10 +12,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ..callbacks import Callback, CallbackPack, Event
+from ..change import Change
 from ..errors import ModelBatchError
 from ..optim import PerModelLRScheduler
 from ..optim.base import PerModelOptimizer
-from .batches import Reader, length_of
+from .batches import Batch, Reader, length_of
+from .blocks import Blocks, Step
 from .interrupts import Interrupts
 from .position import Position
 from .stepper import Stepper
@@ -92,11 +94,20 @@ class Loop:
         self.loss_fn, self.metric_fns = loss_fn, metric_fns
         train_metrics = metric_fns if val_loader is None else {}
         self.stepper = Stepper(mb, loss_fn, amp_dtype, train_metrics)
+        self.blocks = Blocks(mb, self.stepper, self.pack, loader, router)
+        if accumulate > 1 or (scheduler is not None and self.per_step):
+            self.blocks.possible = False
         self.event = Event(mb, self.optimizer)
-        self.position = Position(len(mb), mb._streams.device, [loader, val_loader])
+        self.position = Position(len(mb), mb._streams.device, [loader, val_loader], mb.model_ids)
         self.interrupts = Interrupts()
         nothing = torch.full((len(mb),), torch.nan, dtype=torch.float64, device=mb._streams.device)
         self.results = dict.fromkeys(("loss", *train_metrics), nothing)
+        self._rows: dict[str, Tensor] = {}  # the results of the epoch that ends, on the host
+        self._validating = False
+        for follower in (self.pack, loader, val_loader, router):
+            if hasattr(follower, "models_changed"):
+                mb.follow(follower)
+        mb.follow(self)
 
     # ---- checks
 
@@ -127,6 +138,31 @@ class Loop:
         if getattr(scheduler, "optimizer", self.optimizer) is not self.optimizer:
             raise ModelBatchError("scheduler is that of another optimizer than the one that trains")
 
+    # ---- models that come and go
+
+    def check_models_change(self, change: Change) -> None:
+        """Refuse a change that this training cannot follow.
+
+        Raises:
+            ModelBatchError: during a validation, or with a loader or router that cannot.
+        """
+        if self._validating:
+            raise ModelBatchError("the models of a bundle cannot change during a validation")
+        for part in (self.loader, self.val_loader, self.reader.router):
+            own = getattr(part, "num_models", None)
+            if own == change.old_num_models and not hasattr(part, "models_changed"):
+                raise ModelBatchError(
+                    f"the {type(part).__name__} of this training is for {own} models and has no "
+                    "models_changed(change), so the models cannot change"
+                )
+
+    def models_changed(self, change: Change) -> None:
+        """Follow a bundle whose models have changed."""
+        self.position.models_changed(change, _rates(self.optimizer))
+        self.results = {name: change.rows(own, torch.nan) for name, own in self.results.items()}
+        self._rows = {name: change.rows(own, torch.nan) for name, own in self._rows.items()}
+        change.tell(self.event)
+
     # ---- state
 
     def states(self) -> dict[str, Any]:
@@ -144,11 +180,11 @@ class Loop:
         """Whether there is nothing to train any more: a callback said so, or all are frozen."""
         return self.event.stop or not any(self.mb._active)
 
-    def tell(self, name: str) -> None:
-        """Pass an event on to the callbacks."""
+    def tell(self, name: str, left: int = 0) -> None:
+        """Pass an event on to the callbacks; `left` steps have been done since."""
         if len(self.pack):
             event, position = self.event, self.position
-            event.step = position.step
+            event.step = position.step - left
             if name != "on_train_end":  # which belongs to the last epoch
                 event.epoch = position.epoch
             getattr(self.pack, name)(event)
@@ -183,16 +219,14 @@ class Loop:
         position.rates = position.rates or _rates(self.optimizer)
         event.num_batches = length_of(self.loader)
         for group in self._groups():
-            batches = [self.reader(item) for item in group]
-            losses = self.stepper(batches, position.totals)
-            position.batch += len(group)
-            position.step += 1
-            if self.per_step:
-                self._schedule(losses)
-            if len(self.pack):
-                event.losses, event.batch = losses, position.batch - 1
-                event.batch_size = sum(batch.size for batch in batches)
-                self.tell("on_train_step")
+            if self.accumulate > 1:
+                batches = [self.reader(item) for item in group]
+                losses = self.stepper(batches, position.totals, accumulates=True)
+                position.batch += len(group)
+                position.step += 1
+                self._stepped(losses, sum(batch.size for batch in batches))
+            else:
+                self._block(group)
             if self.ended():
                 break
             self.interrupts.check()
@@ -200,6 +234,59 @@ class Loop:
             raise ModelBatchError(
                 f"the loader yielded no batch in epoch {position.epoch}: can it be iterated again?"
             )
+
+    def _block(self, items: list[Any]) -> None:
+        """A step on every batch, some of them perhaps in one call."""
+        position, before = self.position, self.position.batch
+        try:
+            self._train_block(items)
+        finally:
+            if position.batch - before < len(items):
+                # Some were fetched in vain, as when interrupted amid a batch: only a replay knows
+                # what the generators were before.
+                position.fetching = True
+
+    def _train_block(self, items: list[Any]) -> None:
+        mb, position = self.mb, self.position
+        batches, failed = self._read(items)
+        for step in self.blocks.steps(batches, position.totals):
+            # at once for all steps of a call: whoever asks finds models and position in accord
+            if step.shown in (None, 0):
+                position.batch += 1 + step.left
+                position.step += 1 + step.left
+            if step.shown is not None:
+                mb._engine.show(mb, step.shown)
+            self._stepped(step.losses, step.batch.size, step)
+            if self.ended() and not step.left:
+                return
+            if step.shown is None:
+                self.interrupts.check()
+        if failed is not None:
+            raise failed
+
+    def _read(self, items: list[Any]) -> tuple[list[Batch], Exception | None]:
+        """The batches up to one that cannot be read, and why."""
+        batches: list[Batch] = []
+        for item in items:
+            if isinstance(item, _Failure):
+                return batches, item.error
+            try:
+                batches.append(self.reader(item))
+            except Exception as error:
+                if not batches:
+                    raise
+                return batches, error
+        return batches, None
+
+    def _stepped(self, losses: Tensor, size: int, step: Step | None = None) -> None:
+        """After a step: the schedule, and the callbacks."""
+        if self.per_step:
+            self._schedule(losses)
+        if len(self.pack):
+            event, position, left = self.event, self.position, step.left if step else 0
+            event.losses, event.batch = losses, position.batch - left - 1
+            event.batch_size = size
+            self.tell("on_train_step", left)
 
     def _groups(self) -> Iterator[list[Any]]:
         """The batches of the epoch that are left, those of one optimizer step together."""
@@ -224,8 +311,9 @@ class Loop:
         while not position.trained:
             position.fetching = True
             group: list[Any] = []
+            size = self.accumulate if self.accumulate > 1 else self.blocks.size
             try:
-                while len(group) < self.accumulate:
+                while len(group) < size:
                     group.append(next(iterator))
             except StopIteration:
                 pass
@@ -233,7 +321,9 @@ class Loop:
                 # The workers of a loader get the Ctrl-C as well, and end.
                 if self.interrupts.count:
                     raise KeyboardInterrupt from error
-                raise
+                if self.accumulate > 1 or not group:
+                    raise
+                group.append(_Failure(error))  # after the batches that came before it
             position.fetching = False
             if not group:
                 return
@@ -246,10 +336,15 @@ class Loop:
         results = position.totals.means()
         if self.val_loader is not None:
             position.begin_validation()
-            results |= validate(self, self.val_loader)
+            self._validating = True
+            try:
+                results |= validate(self, self.val_loader)
+            finally:
+                self._validating = False
         device_rows = torch.stack(list(results.values()))
-        rows = dict(zip(results, device_rows.to("cpu", copy=True)))  # the one transfer of an epoch
-        history = dict(rows)
+        # the one transfer of an epoch
+        self._rows = dict(zip(results, device_rows.to("cpu", copy=True)))
+        history = dict(self._rows)
         history["lr"] = torch.tensor(position.rates, dtype=torch.float64)
         history["active"] = torch.tensor(mb._active)
         self.results = dict(zip(results, device_rows))
@@ -262,7 +357,7 @@ class Loop:
         except KeyboardInterrupt as error:  # the epoch is over, so it must not be resumed
             interrupted = error
         if not self.per_step:
-            self._schedule(rows.get("val_loss", rows["loss"]))
+            self._schedule(self._rows.get("val_loss", self._rows["loss"]))
         position.next_epoch()
         if interrupted is not None:
             raise interrupted
@@ -279,6 +374,13 @@ class Loop:
             scheduler.step(losses[counted].mean().item())
         else:
             scheduler.step()
+
+
+class _Failure:
+    """In the place of a batch that a loader failed to yield."""
+
+    def __init__(self, error: Exception):
+        self.error = error
 
 
 def _as_pack(callbacks: Any, progress: bool) -> CallbackPack:

@@ -33,7 +33,8 @@ def plot_history(
     if not history.epochs:
         raise ModelBatchError("there is nothing to plot: no epoch has ended")
     curves = history[metric].double().numpy()
-    rates = history["lr"][0].numpy()
+    rates = _first_rates(history)
+    column = -1 if best is None else history.model_ids.index(best.model)
     rated = bool(np.isfinite(rates).any())
     size = (11.0 if rated else 6.2, 4.4)
     if path is None:
@@ -48,12 +49,12 @@ def plot_history(
     panels = figure.subplots(1, 2 if rated else 1, squeeze=False, width_ratios=[3, 2][: 1 + rated])
     label = _NAMES.get(metric, metric.replace("val_", "validation ", 1).replace("_", " "))
     limits = _limits(curves)
-    _draw_curves(panels[0, 0], curves, best, label)
+    _draw_curves(panels[0, 0], curves, best, column, label)
     if rated:
         last = (
             curves[-1] if limits is None else np.where(curves[-1] > limits[2], np.nan, curves[-1])
         )
-        _draw_last(panels[0, 1], rates, last, best, label)
+        _draw_last(panels[0, 1], rates, last, best, column, label)
     for axes in panels[0]:
         _finish(axes, limits)
     if path is not None:
@@ -61,7 +62,18 @@ def plot_history(
     return figure
 
 
-def _draw_curves(axes: "Axes", curves: _Array, best: "Best | None", label: str) -> None:
+def _first_rates(history: "History") -> _Array:
+    """The learning rate that each model began with; NaN for those that have left."""
+    rates = history["lr"].numpy()
+    first = rates[np.isfinite(rates).argmax(0), np.arange(rates.shape[1])]
+    gone = np.ones(rates.shape[1], dtype=bool)
+    gone[history._columns] = False
+    return np.where(gone, np.nan, first)
+
+
+def _draw_curves(
+    axes: "Axes", curves: _Array, best: "Best | None", column: int, label: str
+) -> None:
     epochs = np.arange(1, len(curves) + 1)
     marker = "o" if len(curves) == 1 else ""
     finite = np.where(np.isfinite(curves), curves, np.nan)
@@ -77,7 +89,7 @@ def _draw_curves(axes: "Axes", curves: _Array, best: "Best | None", label: str) 
         axes.plot(at, middle, color=_MEDIAN, linewidth=2, marker=marker, zorder=3, label="median")
     if best is not None:
         name = f"best: model {best.model}, {best.value:.4g}"
-        axes.plot(epochs, finite[:, best.model], color=_BEST, linewidth=2, marker=marker, zorder=4)
+        axes.plot(epochs, finite[:, column], color=_BEST, linewidth=2, marker=marker, zorder=4)
         spot = ([best.epoch + 1], [best.value])
         axes.plot(*spot, "o-", color=_BEST, markersize=7, linewidth=2, zorder=5, label=name)
     axes.set_xlabel("epoch")
@@ -90,7 +102,9 @@ def _draw_curves(axes: "Axes", curves: _Array, best: "Best | None", label: str) 
         axes.legend(frameon=False, fontsize="small")
 
 
-def _draw_last(axes: "Axes", rates: _Array, last: _Array, best: "Best | None", label: str) -> None:
+def _draw_last(
+    axes: "Axes", rates: _Array, last: _Array, best: "Best | None", column: int, label: str
+) -> None:
     good = np.isfinite(last) & np.isfinite(rates)
     axes.scatter(rates[good], last[good], s=22, color=_MEDIAN, alpha=0.6, linewidth=0, zorder=2)
     lost = ~np.isfinite(last) & np.isfinite(rates)
@@ -106,8 +120,8 @@ def _draw_last(axes: "Axes", rates: _Array, last: _Array, best: "Best | None", l
             label=f"diverged: {lost.sum()}",
             zorder=2,
         )
-    if best is not None and good[best.model]:
-        spot = (rates[best.model], last[best.model])
+    if best is not None and good[column]:
+        spot = (rates[column], last[column])
         axes.scatter(*spot, s=64, color=_BEST, zorder=3, label=f"model {best.model}")
     if (rates[np.isfinite(rates)] > 0).all():
         axes.set_xscale("log")

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from ..change import Change
 from ..checkpoint import GlobalRandomState
 from .history import History
 from .totals import Totals
@@ -24,11 +25,18 @@ class Position:
         num_models: M.
         device: of the bundle.
         loaders: of training and validation, whose generators matter.
+        model_ids: of the models.
     """
 
-    def __init__(self, num_models: int, device: torch.device, loaders: Sequence[Any]) -> None:
+    def __init__(
+        self,
+        num_models: int,
+        device: torch.device,
+        loaders: Sequence[Any],
+        model_ids: Sequence[int] | None = None,
+    ) -> None:
         self.device = device
-        self.history = History(num_models)
+        self.history = History(num_models, model_ids)
         self.epoch = self.step = self.batch = 0
         self.begun = False  # on_epoch_start has been called for this epoch
         self.trained = False  # the steps of this epoch are done, its validation is not
@@ -68,6 +76,18 @@ class Position:
         """Put the generators back once more: a callback may have drawn from them at the start."""
         if self._loaded is not None:
             self._restore(self._loaded["beginning"])
+
+    def models_changed(self, change: Change, rates: Sequence[float]) -> None:
+        """Follow a bundle whose models have changed.
+
+        Args:
+            change: what has changed.
+            rates: the learning rates after it.
+        """
+        self.history.models_changed(change)
+        self.totals.models_changed(change)
+        if self.rates:
+            self.rates = change.pick(self.rates, lambda slot: rates[slot])
 
     # ---- state
 

@@ -46,13 +46,18 @@ class Stepper:
         self.searches = isinstance(mb.optimizer, LockstepLBFGS)
         self._used: list[bool] = []  # who had a sample in the group
 
-    def __call__(self, group: list[Batch], totals: Totals) -> Tensor:
+    def __call__(self, group: list[Batch], totals: Totals, accumulates: bool = False) -> Tensor:
         """Step on a group; its losses and metrics are added to `totals`.
+
+        Args:
+            group: batches that count as one.
+            totals: sums of the epoch.
+            accumulates: the other groups are larger than this one; all are treated alike.
 
         Returns:
             The mean losses `[M]` over the group, detached.
         """
-        if len(group) > 1 or self.searches or self.metric_fns:
+        if accumulates or len(group) > 1 or self.searches or self.metric_fns:
             return self._by_hand(group, totals)
         (batch,) = group
         losses = self.mb.train_step(

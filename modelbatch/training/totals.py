@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..change import Change
 from .batches import Batch
 
 __all__ = ["Totals"]
@@ -35,6 +36,14 @@ class Totals:
     def add_count(self, batch: Batch) -> None:
         """Count the samples of a batch."""
         self.count = self.count + batch.count
+
+    def models_changed(self, change: Change) -> None:
+        """Follow a bundle whose models have changed; a fresh one has seen no sample yet."""
+        self.sums = {name: change.rows(total) for name, total in self.sums.items()}
+        if change.fresh or (isinstance(self.count, Tensor) and self.count.dim()):
+            device = next((total.device for total in self.sums.values()), None)
+            count = torch.as_tensor(self.count, dtype=torch.float64, device=device)
+            self.count = change.rows(count.expand(change.old_num_models))
 
     def means(self, prefix: str = "") -> dict[str, Tensor]:
         """`[M]` by name; NaN for a model that saw no sample."""

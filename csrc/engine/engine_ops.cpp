@@ -1,0 +1,292 @@
+// modelbatch::train_steps_ on the CPU: check everything, plan, then models in parallel, each of
+// them through all steps in a row.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <atomic>
+#include <cmath>
+#include <limits>
+#include <tuple>
+
+#include "common/dispatch.h"
+#include "engine/engine_batches.h"
+#include "optim/rules.h"
+
+MB_DECLARE_TABLE(mb_engine_kernels)
+MB_DECLARE_TABLE(mb_optim_kernels)
+MB_DECLARE_TABLE(mb_random_kernels)
+
+namespace modelbatch {
+namespace {
+
+// How many times each thread looks for models to train: the last ones should be ready together.
+constexpr int64_t kRounds = 8;
+// The fewest weights times samples that are worth a thread.
+constexpr int64_t kGrain = 16384;
+
+// ---- the optimizer's coefficients ---------------------------------------------------------------
+
+union Coefficients {
+  mb_sgd_f32 sgd_f32;
+  mb_sgd_f64 sgd_f64;
+  mb_adam_f32 adam_f32;
+  mb_adam_f64 adam_f64;
+  mb_rmsprop_f32 rmsprop_f32;
+  mb_rmsprop_f64 rmsprop_f64;
+  mb_adagrad_f32 adagrad_f32;
+  mb_adagrad_f64 adagrad_f64;
+  mb_adadelta_f32 adadelta_f32;
+  mb_adadelta_f64 adadelta_f64;
+  mb_adamax_f32 adamax_f32;
+  mb_adamax_f64 adamax_f64;
+  mb_radam_f32 radam_f32;
+  mb_radam_f64 radam_f64;
+  mb_rprop_f32 rprop_f32;
+  mb_rprop_f64 rprop_f64;
+};
+
+// The options of one model in one step and what follows from them.
+class OptimizerStep {
+ public:
+  explicit OptimizerStep(const EngineArgs& args) : args_(args) {
+    // Models of equal betas are at the same steps more often than not.
+    corrections_.resize(std::clamp<int64_t>(args.num_steps, 1, 256));
+  }
+
+  // `step` counts this one.
+  const void* take(int64_t number, int64_t model, double step) {
+    for (int64_t row = 0; row < args_.rule->rows; ++row) {
+      hyper_[row] = args_.hyper[row * args_.num_models + model];
+    }
+    if (args_.lr != nullptr) hyper_[0] = args_.lr[number * args_.num_models + model];
+    switch (args_.rule->id) {
+      case MB_RULE_SGD: {
+        const mb_sgd_f64 c = mb_sgd_coefficients(hyper_, 1, 0, step);
+        args_.is_double ? void(to_.sgd_f64 = c) : void(to_.sgd_f32 = mb_sgd_round_f32(c));
+        break;
+      }
+      case MB_RULE_ADAM:
+      case MB_RULE_ADAMW: {
+        const double beta1 = hyper_[MB_ADAM_BETA1], beta2 = hyper_[MB_ADAM_BETA2];
+        mb_adam_correction& known = corrections_[number % corrections_.size()];
+        if (known.step != step || known.beta1 != beta1 || known.beta2 != beta2) {
+          known = mb_make_adam_correction(beta1, beta2, step);
+        }
+        const mb_adam_f64 c =
+            mb_adam_coefficients_with(hyper_, 1, 0, &known, args_.rule->id == MB_RULE_ADAMW);
+        args_.is_double ? void(to_.adam_f64 = c) : void(to_.adam_f32 = mb_adam_round_f32(c));
+        break;
+      }
+      case MB_RULE_RMSPROP: {
+        const mb_rmsprop_f64 c = mb_rmsprop_coefficients(hyper_, 1, 0, step);
+        args_.is_double ? void(to_.rmsprop_f64 = c)
+                        : void(to_.rmsprop_f32 = mb_rmsprop_round_f32(c));
+        break;
+      }
+      case MB_RULE_ADAGRAD: {
+        const mb_adagrad_f64 c = mb_adagrad_coefficients(hyper_, 1, 0, step);
+        args_.is_double ? void(to_.adagrad_f64 = c)
+                        : void(to_.adagrad_f32 = mb_adagrad_round_f32(c));
+        break;
+      }
+      case MB_RULE_ADADELTA: {
+        const mb_adadelta_f64 c = mb_adadelta_coefficients(hyper_, 1, 0, step);
+        args_.is_double ? void(to_.adadelta_f64 = c)
+                        : void(to_.adadelta_f32 = mb_adadelta_round_f32(c));
+        break;
+      }
+      case MB_RULE_ADAMAX: {
+        const mb_adamax_f64 c = mb_adamax_coefficients(hyper_, 1, 0, step);
+        args_.is_double ? void(to_.adamax_f64 = c) : void(to_.adamax_f32 = mb_adamax_round_f32(c));
+        break;
+      }
+      case MB_RULE_RADAM: {
+        const mb_radam_f64 c = mb_radam_coefficients(hyper_, 1, 0, step);
+        args_.is_double ? void(to_.radam_f64 = c) : void(to_.radam_f32 = mb_radam_round_f32(c));
+        break;
+      }
+      default: {
+        const mb_rprop_f64 c = mb_rprop_coefficients(hyper_, 1, 0, step);
+        args_.is_double ? void(to_.rprop_f64 = c) : void(to_.rprop_f32 = mb_rprop_round_f32(c));
+      }
+    }
+    return &to_;
+  }
+
+  // After `take`.
+  bool counts() const {
+    return args_.rule->id != MB_RULE_SGD || mb_sgd_counts_step(hyper_, 1, 0) != 0;
+  }
+
+ private:
+  const EngineArgs& args_;
+  double hyper_[16] = {};
+  Coefficients to_{};
+  std::vector<mb_adam_correction> corrections_;
+};
+
+// ---- the models ---------------------------------------------------------------------------------
+
+struct EngineResults {
+  Tensor losses, status, grad_norm;
+};
+
+class EngineRun {
+ public:
+  EngineRun(const EngineArgs& args, EngineResults& results)
+      : args_(args),
+        table_(MB_SELECT_TABLE(mb_engine_kernels)),
+        dtype_(args.is_double ? MB_ENGINE_F64 : MB_ENGINE_F32),
+        plan_(args.program, args.numels,
+              {args.batch, table_.lanes[dtype_], args.element_bytes(), keeps_grads(args)}),
+        losses_(static_cast<char*>(results.losses.mutable_data_ptr())),
+        status_(static_cast<uint8_t*>(results.status.mutable_data_ptr())),
+        grad_norm_(args.has_flag(MB_ENGINE_GRAD_NORM)
+                       ? static_cast<double*>(results.grad_norm.mutable_data_ptr())
+                       : nullptr) {
+    const mb_optim_kernels& optim = MB_SELECT_TABLE(mb_optim_kernels);
+    const mb_random_kernels& random = MB_SELECT_TABLE(mb_random_kernels);
+    plan_.plan.update = optim.update[args.rule->id][dtype_];
+    plan_.plan.sum_squares = optim.sum_squares[dtype_];
+    plan_.plan.dropout = random.dropout[dtype_];
+  }
+
+  void run() {
+    const int64_t models = args_.num_models;
+    const EngineBatches batches(args_, plan_, table_);
+    int64_t work = args_.batch;
+    for (int64_t numel : args_.numels) work += numel * args_.batch;
+    const int64_t most = std::max<int64_t>(1, models * args_.num_steps * work / kGrain);
+    const int64_t threads =
+        std::min({static_cast<int64_t>(torch::stable::get_num_threads()), models, most});
+    std::vector<EngineThread> own(threads);
+    for (EngineThread& thread : own) {
+      thread.workspace = AlignedBuffer(plan_.workspace * args_.element_bytes());
+      thread.source.reserve(args_.batch);
+      if (args_.program.embeds()) {
+        thread.index.reserve(args_.batch * args_.program.values[0].features());
+      }
+    }
+    // A model's results depend on nothing of another's, so it does not matter who trains it.
+    const int64_t some = std::max<int64_t>(1, models / (threads * kRounds));
+    std::atomic<int64_t> next{0};
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+      for (int64_t thread = first; thread < last; ++thread) {
+        OptimizerStep optimizer(args_);
+        Pointers pointers(args_);
+        for (;;) {
+          const int64_t begin = next.fetch_add(some);
+          if (begin >= models) break;
+          for (int64_t model = begin; model < std::min(begin + some, models); ++model) {
+            train(model, batches, own[thread], optimizer, pointers);
+          }
+        }
+      }
+    });
+  }
+
+ private:
+  // A model's slices.
+  struct Pointers {
+    explicit Pointers(const EngineArgs& args)
+        : params(args.params), states(args.states), buffers(args.buffers) {}
+    void move_to(const EngineArgs& args, int64_t model) {
+      for (size_t p = 0; p < params.size(); ++p) {
+        params[p] = args.params[p] + model * args.param_bytes[p];
+      }
+      for (size_t s = 0; s < states.size(); ++s) {
+        if (states[s] == nullptr) continue;
+        states[s] = args.states[s] + model * args.param_bytes[s / MB_OPTIM_MAX_STATES];
+      }
+      for (size_t b = 0; b < buffers.size(); ++b) {
+        buffers[b] = args.buffers[b] + model * args.buffer_bytes[b];
+      }
+    }
+    std::vector<char*> params, states, buffers;
+  };
+
+  static bool keeps_grads(const EngineArgs& args) {
+    return args.clip_norm != nullptr || args.clip_value != nullptr ||
+           args.has_flag(MB_ENGINE_GRAD_NORM);
+  }
+
+  void train(int64_t model, const EngineBatches& batches, EngineThread& own,
+             OptimizerStep& optimizer, Pointers& pointers) {
+    pointers.move_to(args_, model);
+    constexpr double kNone = std::numeric_limits<double>::quiet_NaN();
+    mb_engine_model m{};
+    m.params = pointers.params.data();
+    m.states = pointers.states.data();
+    m.buffers = pointers.buffers.data();
+    m.numbers = args_.numbers + model;
+    m.number_step = args_.num_models;
+    m.seed = args_.seed == nullptr ? 0 : args_.seed[model];
+    m.stream_step = args_.stream_step == nullptr ? 0 : args_.stream_step[model];
+    m.clip_norm = args_.clip_norm == nullptr ? kNone : args_.clip_norm[model];
+    m.clip_value = args_.clip_value == nullptr ? kNone : args_.clip_value[model];
+    bool is_active = args_.is_active(model);
+    for (int64_t k = 0; k < args_.num_steps; ++k) {
+      mb_engine_result result{0.0, 0.0, MB_STATUS_RESTED};
+      if (batches.has_samples(k, model)) {
+        batches.prepare(k, model, own, m);
+        m.trains = is_active;
+        if (is_active) {
+          m.coefficients = optimizer.take(k, model, static_cast<double>(args_.step[model] + 1.0f));
+        }
+        table_.step[dtype_](&plan_.plan, &m, own.workspace.data(), &result);
+        if (is_active) {
+          if (optimizer.counts()) args_.step[model] += 1.0f;
+          ++m.stream_step;
+          if (args_.has_flag(MB_ENGINE_STOP_NONFINITE) && result.status != 0) is_active = false;
+        }
+      }
+      write(k * args_.num_models + model, result);
+    }
+  }
+
+  void write(int64_t at, const mb_engine_result& result) {
+    if (args_.is_double) {
+      reinterpret_cast<double*>(losses_)[at] = result.loss;
+    } else {
+      reinterpret_cast<float*>(losses_)[at] = static_cast<float>(result.loss);
+    }
+    status_[at] = static_cast<uint8_t>(result.status);
+    if (grad_norm_ != nullptr) grad_norm_[at] = result.grad_norm;
+  }
+
+  const EngineArgs& args_;
+  const mb_engine_kernels& table_;
+  const int dtype_;
+  EnginePlan plan_;
+  char* losses_;
+  uint8_t* status_;
+  double* grad_norm_;
+};
+
+std::tuple<Tensor, Tensor, Tensor> train_steps_cpu(
+    const std::vector<Tensor>& params, const std::vector<Tensor>& buffers,
+    const std::vector<Tensor>& states, const Tensor& step, const Tensor& x, const Tensor& target,
+    const MaybeTensor& sample_weight, const Tensor& program, const Tensor& numbers,
+    const Tensor& hyper, const MaybeTensor& lr, const MaybeTensor& active,
+    const MaybeTensor& clip_norm, const MaybeTensor& clip_value, const MaybeTensor& seed,
+    const MaybeTensor& stream_step, int64_t rule, int64_t flags) {
+  const EngineArgs args = checked_engine_args(
+      {params, buffers, states, step, x, target, sample_weight, program, numbers, hyper, lr, active,
+       clip_norm, clip_value, seed, stream_step, rule, flags});
+  const std::vector<int64_t> size{args.num_steps, args.num_models};
+  const auto empty = [&](const std::vector<int64_t>& sizes, ScalarType dtype) {
+    return torch::stable::empty(sizes, dtype, std::nullopt, step.device());
+  };
+  EngineResults results{empty(size, args.dtype()), empty(size, ScalarType::Byte),
+                        empty(args.has_flag(MB_ENGINE_GRAD_NORM) ? size : std::vector<int64_t>{0},
+                              ScalarType::Double)};
+  if (args.num_models > 0 && args.num_steps > 0) EngineRun(args, results).run();
+  return {results.losses, results.status, results.grad_norm};
+}
+
+}  // namespace
+}  // namespace modelbatch
+
+STABLE_TORCH_LIBRARY_IMPL(modelbatch, CPU, m) {
+  m.impl("train_steps_", TORCH_BOX(&modelbatch::train_steps_cpu));
+}
