@@ -9,27 +9,19 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .change import Change
 from .errors import ModelBatchError
-from .forward import Forward
-from .optim import FusedOptimizer, build_optimizer
-from .random import Streams
-from .stack import Stack
+from .membership import Membership
+from .optim import FusedOptimizer, PerModelOptimizer, build_optimizer
 from .substitute import GradMemory
 
 
-class Bundle(nn.Module):
+class Bundle(Membership):
     """The part of `ModelBatch` that holds the models; see there."""
 
-    _stack: Stack
-    _streams: Streams
-    _forward: Forward
     _grad_memory: GradMemory
-    _ignored: frozenset[str]
-    _active: list[bool]
     _active_tensor: Tensor | None
-    _optimizer: Optimizer | None
     _recipe: tuple[type[Optimizer], Sequence[dict[str, Any]], Mapping[str, list[float]]] | None
-    _grad_scaler: torch.amp.GradScaler | None
 
     @property
     def models(self) -> list[nn.Module]:
@@ -176,7 +168,8 @@ class Bundle(nn.Module):
         new._stack.repoint_all()
         new._stack.watch_hooks()
         if optimizer is not None and recipe is not None:
-            new._build_optimizer(*recipe, new._grad_scaler)
+            base = getattr(optimizer, "_base_options", None)
+            new._build_optimizer(*recipe, new._grad_scaler, base)
             assert new._optimizer is not None
             new._optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
         return new
@@ -200,6 +193,7 @@ class Bundle(nn.Module):
         configs: Sequence[dict[str, Any]],
         clips: Mapping[str, list[float]],
         grad_scaler: torch.amp.GradScaler | None = None,
+        base: Mapping[str, Any] | None = None,
     ) -> Optimizer:
         optimizer = build_optimizer(
             dict(self.named_parameters()),
@@ -211,9 +205,25 @@ class Bundle(nn.Module):
         )
         for name, limits in clips.items():
             setattr(optimizer, name, limits)
+        if isinstance(optimizer, PerModelOptimizer):
+            optimizer._base_options = dict(base or {})
+            optimizer._followers = self._followers
+            self._followers.add(optimizer)
         self._recipe = (optimizer_cls, configs, clips)
         self._optimizer, self._grad_scaler = optimizer, grad_scaler
         return optimizer
+
+    # ---- models that come and go, see `Membership`
+
+    def _structure_changed(self, change: Change) -> None:
+        self._active_tensor = None if all(self._active) else self.active
+        self._grad_memory.clear()
+        optimizer = self._optimizer
+        if self._recipe is not None and isinstance(optimizer, PerModelOptimizer):
+            clips = {
+                name: limits for name in self._recipe[2] if (limits := getattr(optimizer, name))
+            }
+            self._recipe = (optimizer._optimizer_cls, optimizer._configs, clips)
 
     # ---- checkpoints
 
@@ -251,6 +261,7 @@ class Bundle(nn.Module):
         indices: Sequence[int] | None = None,
         states: Mapping[str, Any] | None = None,
         strict: bool = True,
+        resize: bool = False,
     ) -> None:
         """Load what `save_all` saved: weights, optimizer, random streams and all else, in place.
 
@@ -266,6 +277,11 @@ class Bundle(nn.Module):
             strict: demand that the checkpoint has whatever the bundle and `states` need, and no
                 tensors beyond. Otherwise what is missing, or is of another optimizer class or kind
                 of random stream, stays as it is in the bundle.
+            resize: let the bundle have the models that the checkpoint has: those whose id (see
+                `model_ids`) it lacks are removed, and those that it has beyond are made as copies
+                of another one. What follows the bundle follows this too. A bundle with a model
+                that the saved one never had is another bundle, and refused. If the checkpoint then
+                does not fit for another reason, the bundle keeps its new size.
 
         Raises:
             CheckpointError: no checkpoint, a damaged one, or one that does not fit. The message
@@ -273,7 +289,7 @@ class Bundle(nn.Module):
         """
         from .checkpoint import load_all
 
-        load_all(self, directory, indices=indices, states=states, strict=strict)
+        load_all(self, directory, indices=indices, states=states, strict=strict, resize=resize)
 
     def save_model(self, i: int, path: str | os.PathLike[str]) -> None:
         """Save model i's state dict, for plain torch or other programs.
@@ -313,18 +329,6 @@ class Bundle(nn.Module):
         load_model(self, i, source, strict=strict)
 
     # ---- named but not there yet
-
-    def prune(self, indices: Iterable[int]) -> None:
-        """Not available yet."""
-        raise NotImplementedError("prune: removing models from a bundle is not available yet")
-
-    def replace(self, i: int, model: nn.Module, **hyper: Any) -> None:
-        """Not available yet."""
-        raise NotImplementedError("replace: putting a fresh model in a slot is not available yet")
-
-    def append(self, models: Iterable[nn.Module], **hyper: Any) -> None:
-        """Not available yet."""
-        raise NotImplementedError("append: adding models to a bundle is not available yet")
 
     def capture_cuda_graph(self, *args: Any, **kwargs: Any) -> None:
         """Not available yet."""

@@ -110,16 +110,16 @@ def _set_modes(bundle: "ModelBatch", modes: list[bool]) -> None:
 def metrics(bundle: "ModelBatch") -> dict[str, float]:
     """See `ModelBatch.metrics`."""
     result: dict[str, float] = {}
-    losses = bundle._latest_losses
+    losses, ids = bundle._latest_losses, bundle._ids
     if losses is not None:
         values = losses.tolist()
-        result.update({f"loss_model_{i}": value for i, value in enumerate(values)})
+        result.update({f"loss_model_{i}": value for i, value in zip(ids, values, strict=True)})
     if bundle.optimizer is not None:
-        for i, group in enumerate(bundle.optimizer.param_groups):
+        for i, group in zip(ids, bundle.optimizer.param_groups):
             result[f"lr_model_{i}"] = float(group["lr"])
     norms = grad_norms(bundle)
     if norms is not None:
-        result.update({f"grad_norm_model_{i}": v for i, v in enumerate(norms.tolist())})
+        result.update({f"grad_norm_model_{i}": v for i, v in zip(ids, norms.tolist())})
     if losses is not None:
         good = torch.isfinite(losses) & bundle.active
         if bundle._without_samples:
@@ -128,7 +128,7 @@ def metrics(bundle: "ModelBatch") -> dict[str, float]:
         any_good = bool(good.any())
         result["loss_mean"] = float(losses[good].mean()) if any_good else float("nan")
         result["loss_best"] = float(best.min()) if any_good else float("nan")
-        result["best_model"] = float(best.argmin()) if any_good else -1.0
+        result["best_model"] = float(ids[int(best.argmin())]) if any_good else -1.0
     result["active_models"] = float(sum(bundle._active))
     return result
 

@@ -141,6 +141,10 @@ class Forward(OneByOne):
             self._undo(*self._last)
             self._last = None
 
+    def forget_last(self) -> None:
+        """There is no last `run` any more to be undone."""
+        self._last = None
+
     def explain(self, report: Report, leaves: list[Any], batched: list[bool], spec: Spec) -> None:
         """Run once without any effect and note in `report` how each operation was computed."""
         training = self.stack.models[0].training

@@ -10,11 +10,12 @@ alone after `torch.manual_seed(seeds[i])`. Slower; for audits.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from .change import Change
 from .errors import ModelBatchError
 
 _MASK = (1 << 64) - 1
@@ -27,13 +28,16 @@ def derive_seeds(num_models: int, base: int | None = None) -> list[int]:
     whatever M is.
     """
     start = torch.initial_seed() if base is None else base
-    seeds = []
-    for i in range(num_models):
-        z = (start + (i + 1) * 0x9E3779B97F4A7C15) & _MASK
-        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
-        seeds.append((z ^ (z >> 31)) >> 1)  # 63 bits: a valid argument of torch.manual_seed
-    return seeds
+    return [derive_seed(i, start) for i in range(num_models)]
+
+
+def derive_seed(number: int, base: int | None = None) -> int:
+    """The seed of model `number`, see `derive_seeds`."""
+    start = torch.initial_seed() if base is None else base
+    z = (start + (number + 1) * 0x9E3779B97F4A7C15) & _MASK
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+    return (z ^ (z >> 31)) >> 1  # 63 bits: a valid argument of torch.manual_seed
 
 
 def check_seeds(seeds: Sequence[int] | None, num_models: int) -> list[int] | None:
@@ -94,20 +98,43 @@ class Streams:
         self.kind = kind
         self.seeds = list(seeds)
         self.device = device
-        signed = [s if s < 1 << 63 else s - (1 << 64) for s in self.seeds]
-        self.seed = torch.tensor(signed, dtype=torch.int64, device=device)
-        self.step = torch.zeros(len(signed), dtype=torch.int64, device=device)
+        self.seed = self._seed_tensor()
+        self.step = torch.zeros(len(self.seeds), dtype=torch.int64, device=device)
         self.op_index = 0
         self.states: list[list[Tensor]] = []
         self._constants: dict[tuple[float | None, ...], Tensor] = {}
         if kind == "torch":
             self._init_torch_states()
 
+    def _seed_tensor(self) -> Tensor:
+        signed = [s if s < 1 << 63 else s - (1 << 64) for s in self.seeds]
+        return torch.tensor(signed, dtype=torch.int64, device=self.device)
+
     def _init_torch_states(self) -> None:
+        self.states = self._first_states(self.seeds)
+
+    def _first_states(self, seeds: Sequence[int]) -> list[list[Tensor]]:
+        states = []
         with torch_rng(self.device):
-            for seed in self.seeds:
+            for seed in seeds:
                 torch.manual_seed(seed)
-                self.states.append(_get_states(self.device))
+                states.append(_get_states(self.device))
+        return states
+
+    def models_changed(self, change: Change, seeds: Mapping[int, int]) -> None:
+        """Carry the streams over to the models after a change.
+
+        Args:
+            change: what has changed.
+            seeds: those of the fresh models, by slot; their streams begin at their start.
+        """
+        self.seeds = change.pick(self.seeds, seeds.__getitem__)
+        self.seed, self.step = self._seed_tensor(), change.rows(self.step)
+        if self.kind == "torch":
+            first = dict(zip(seeds, self._first_states(list(seeds.values()))))
+            self.states = change.pick(self.states, first.__getitem__)
+        self.op_index = 0
+        self._constants.clear()
 
     def to(self, device: torch.device) -> None:
         """Move the streams with the bundle."""
@@ -118,7 +145,6 @@ class Streams:
         self.seed, self.step = self.seed.to(device), self.step.to(device)
         if self.kind == "torch":
             cpu_states = [states[0] for states in self.states]
-            self.states = []
             self._init_torch_states()
             for states, cpu_state in zip(self.states, cpu_states):
                 states[0] = cpu_state

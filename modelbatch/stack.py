@@ -2,13 +2,14 @@
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from .attributes import compare_attributes
+from .attributes import PerModelFloat, compare_attributes
+from .change import Change
 from .errors import ModelBatchError, StructureMismatchError
 from .structure import HOOK_DICTS, Slot, Structure, has_user_hooks, tensor_at, walk
 
@@ -211,6 +212,71 @@ class Stack:
         self.repoint_buffer_objects(slot)
         return slot
 
+    # ---- models that come and go
+
+    @torch.no_grad()
+    def models_changed(
+        self,
+        change: Change,
+        fresh: Mapping[int, list[nn.Module]],
+        per_model: dict[tuple[int, str], PerModelFloat],
+    ) -> None:
+        """Carry all tensors over to the models after a change.
+
+        The stacked tensors stay the same objects, of another size. Those of models that leave
+        become tensors of their own.
+
+        Args:
+            change: what has changed.
+            fresh: the modules of the fresh models, by slot.
+            per_model: the plain numbers that then differ between the models.
+        """
+        old_modules, old_models = self.modules, self.models
+        for old in change.removed:
+            self._let_go(old_modules[old])
+        in_place = change.in_place
+        for slot in self.slots:
+            stacked = self.tensor(slot)
+            added = {j: tensor_at(modules, slot).detach() for j, modules in fresh.items()}
+            if in_place:
+                rows = stacked.detach()
+            else:
+                rows = change.rows(stacked)
+                _set_size(stacked, rows, change)
+            for j, tensor in added.items():
+                rows[j].copy_(tensor)
+            if in_place and stacked.grad is not None and fresh:
+                stacked.grad = change.rows(stacked.grad)
+            torch.autograd.graph.increment_version(stacked)
+        self.modules = change.pick(old_modules, fresh.__getitem__)
+        self.models = change.pick(old_models, lambda slot: fresh[slot][0])
+        self.num_models = len(self.models)
+        self.structure.per_model = per_model
+        for slot in self.slots:
+            views = self.tensor(slot).detach().unbind(0)
+            for j, (modules, view) in enumerate(zip(self.modules, views)):
+                if in_place and j not in fresh:
+                    continue
+                tensor = tensor_at(modules, slot)
+                if j in fresh and slot.is_parameter:
+                    tensor.grad = None
+                tensor.data = view
+        self.watch_hooks()
+        self.hooks_changed = True
+
+    def _let_go(self, modules: Sequence[nn.Module]) -> None:
+        """Make the tensors of one model its own."""
+        for slot in self.slots:
+            tensor = tensor_at(modules, slot)
+            tensor.data = tensor.detach().clone()
+            if tensor.grad is not None:
+                tensor.grad = tensor.grad.detach().clone()
+        for module in modules:
+            for name in HOOK_DICTS:
+                hooks = getattr(module, name)
+                if isinstance(hooks, _WatchedHooks):
+                    hooks.owner = None
+
     # ---- hooks
 
     def watch_hooks(self) -> None:
@@ -232,6 +298,18 @@ class Stack:
             self._user_hooks = any(has_user_hooks(m) for modules in self.modules for m in modules)
             self.hooks_changed = False
         return self._user_hooks
+
+
+def _set_size(tensor: Tensor, rows: Tensor, change: Change) -> None:
+    """Let a stacked tensor be another one, with its gradient, and be the same object."""
+    grad, tensor.grad = tensor.grad, None
+    # Where a graph is still held, autograd would go on to expect gradients of the old shape. It
+    # forgets that with another dtype.
+    other = torch.float64 if tensor.dtype == torch.float32 else torch.float32
+    tensor.data = torch.empty(0, dtype=other, device=tensor.device)
+    tensor.data = rows
+    if grad is not None:
+        tensor.grad = change.rows(grad)
 
 
 def stack_from_factory(

@@ -1,6 +1,6 @@
 """What M models must have in common to share one bundle, checked before anything changes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -124,7 +124,9 @@ def has_user_hooks(module: nn.Module) -> bool:
 
 
 def _compare_tree(
-    i: int, reference: tuple[list[str], list[nn.Module]], other: tuple[list[str], list[nn.Module]]
+    i: int | str,
+    reference: tuple[list[str], list[nn.Module]],
+    other: tuple[list[str], list[nn.Module]],
 ) -> None:
     for (name_a, a), (name_b, b) in zip(zip(*reference), zip(*other)):
         where = f"module '{name_a}'" if name_a else "the model"
@@ -150,7 +152,7 @@ def _compare_tree(
         )
 
 
-def _compare_tensors(i: int, slot: Slot, a: torch.Tensor, b: torch.Tensor) -> None:
+def _compare_tensors(i: int | str, slot: Slot, a: torch.Tensor, b: torch.Tensor) -> None:
     kind = "parameter" if slot.is_parameter else "buffer"
     for what, x, y in (
         ("shape", tuple(a.shape), tuple(b.shape)),
@@ -213,7 +215,7 @@ def analyse(models: Sequence[nn.Module], ignore: frozenset[str] = frozenset()) -
 
 
 def _compare_slots(
-    i: int,
+    i: int | str,
     slots: list[Slot],
     own: list[Slot],
     first: Sequence[nn.Module],
@@ -235,3 +237,52 @@ def _compare_slots(
         _check_tensor(slot, tensor, device)
         if i:
             _compare_tensors(i, slot, tensor_at(first, slot), tensor)
+
+
+def check_joining(
+    structure: Structure, walks: Sequence[Sequence[nn.Module]], fresh: Mapping[int, Any]
+) -> dict[int, list[nn.Module]]:
+    """Refuse models that cannot join others.
+
+    Args:
+        structure: that of the others.
+        walks: for each of the others its modules.
+        fresh: the models that are to join, by the slots that they are to get.
+
+    Returns:
+        The modules of each of them.
+
+    Raises:
+        ModelBatchError: something that is no module, or one that another model has already.
+        StructureMismatchError: naming the module or tensor, the model and both values.
+    """
+    for slot, model in fresh.items():
+        if not isinstance(model, nn.Module):
+            raise ModelBatchError(
+                f"model {slot} (new) is a {type(model).__name__}, expected a torch.nn.Module"
+            )
+    owner: dict[int, int | str] = {}
+    for i, modules in enumerate(walks):
+        for module in modules:
+            owner[id(module)] = i
+            owner.update((id(p), i) for p in module._parameters.values() if p is not None)
+    reference = (structure.module_names, list(walks[0]))
+    found = {}
+    for slot, model in fresh.items():
+        label = f"{slot} (new)"
+        for kind, items in (
+            ("module", model.named_modules()),
+            ("parameter", model.named_parameters()),
+        ):
+            for name, item in items:
+                other = owner.setdefault(id(item), label)
+                if other != label:
+                    raise ModelBatchError(
+                        f"{kind} '{name}' of model {label} is also one of model {other}; the "
+                        "models of a bundle must not share modules or parameters"
+                    )
+        trees = walk(model)
+        _compare_tree(label, reference, trees)
+        _compare_slots(label, structure.slots, find_slots(*trees), reference[1], trees[1])
+        found[slot] = trees[1]
+    return found

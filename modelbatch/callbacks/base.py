@@ -3,8 +3,11 @@
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+from ..change import Change
 
 if TYPE_CHECKING:
     from ..batch import ModelBatch
@@ -65,6 +68,13 @@ class Event:
     grad_scaler: Any = None
     pack: "CallbackPack | None" = None
 
+    def models_changed(self, change: Change) -> None:
+        """Follow a bundle whose models have changed, for the callbacks that are still to come."""
+        if self.losses is not None:
+            self.losses = change.rows(self.losses, torch.nan)
+        self.metrics = {name: change.rows(own, torch.nan) for name, own in self.metrics.items()}
+        self.models = change.renumber(self.models)
+
 
 class Callback:
     """Something that follows the training of a bundle. Every method may be left out.
@@ -74,7 +84,16 @@ class Callback:
         class Median(Callback):
             def on_epoch_end(self, event):
                 print(event.epoch, event.metrics["loss"].median().item())
+
+    Attributes:
+        reads_models: whether `on_train_step` has to be called before the next step, because it
+            looks at the models, changes something or may set `event.stop`. Where no callback does,
+            a loop may train several steps in one call, and tell of them afterwards: each event has
+            its own losses and numbers, while the models are as they are after the last of these
+            steps. True unless a class says otherwise about an `on_train_step` of its own.
     """
+
+    reads_models: bool = True
 
     def on_train_start(self, event: Event) -> None:
         """Before the first step, or before the first after a resume."""
@@ -83,7 +102,11 @@ class Callback:
         """Before the first batch of an epoch."""
 
     def on_train_step(self, event: Event) -> None:
-        """After an optimizer step; the gradients that it used are still there."""
+        """After an optimizer step.
+
+        The gradients that it used are still there, unless the engine took the step: then there
+        never were any, see `ModelBatch.enable_engine`.
+        """
 
     def on_validation_step(self, event: Event) -> None:
         """After a batch of the validation."""
@@ -96,6 +119,13 @@ class Callback:
 
     def on_train_end(self, event: Event) -> None:
         """After the last step, also when training ended early or by an exception."""
+
+    def models_changed(self, change: Change) -> None:
+        """The bundle has other models now, see `ModelBatch.follow`.
+
+        Whoever keeps something for each model carries it over here: `change.source` says for each
+        slot where its model was before, or None.
+        """
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed training needs to know: plain containers, numbers, strings, tensors."""

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..change import Change
 from ..errors import ModelBatchError
 from .base import Callback, Event
 from .early_stopping import check_count, check_mode, monitored
-from .weights import StackedCopy
+from .weights import StackedCopy, rows_of_saved
 
 if TYPE_CHECKING:
     from ..batch import ModelBatch
@@ -108,6 +109,16 @@ class BestModel(Callback):
         if self._best is None or self._mb is None:
             raise ModelBatchError("there are no best weights yet: no epoch has ended")
         return self._best.of_model(self._mb._number(i))
+
+    def models_changed(self, change: Change) -> None:
+        """Go on with the models that there are now; what others were worth is forgotten."""
+        worst = torch.inf if self.mode == "min" else -torch.inf
+        if self.best_values is not None and self.best_epochs is not None:
+            self.best_values = change.rows(self.best_values, worst)
+            self.best_epochs = change.rows(self.best_epochs, -1)
+        if self._best is not None and self._mb is not None:
+            self._best.models_changed(self._mb, change)
+        self._saved = rows_of_saved(self._saved, change)
 
     def state_dict(self) -> dict[str, Any]:
         """The best values, epochs and weights."""

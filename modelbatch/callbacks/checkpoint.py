@@ -72,6 +72,11 @@ class Checkpoint(Callback):
         self.path: Path | None = None
         self._ended = -1  # the last epoch that ended
 
+    @property
+    def reads_models(self) -> bool:  # type: ignore[override]
+        """Whether it saves between steps."""
+        return self.every_steps is not None
+
     def on_train_step(self, event: Event) -> None:
         """Save if it is time."""
         if self.every_steps is not None and event.step % self.every_steps == 0:

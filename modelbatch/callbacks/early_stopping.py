@@ -1,15 +1,19 @@
 """Ending the training of models that no longer improve."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from ..change import Change
 from ..errors import ModelBatchError
 from .base import Callback, Event
 from .pack import freeze as freeze_models
-from .weights import StackedCopy
+from .weights import StackedCopy, rows_of_saved
+
+if TYPE_CHECKING:
+    from ..batch import ModelBatch
 
 __all__ = ["EarlyStopping", "monitored"]
 
@@ -99,6 +103,7 @@ class EarlyStopping(Callback):
         self.freeze = freeze
         self._waited: Tensor | None = None  # int64 [M]
         self._best: StackedCopy | None = None
+        self._mb: ModelBatch | None = None
         self._saved: dict[str, Any] | None = None
 
     def on_train_start(self, event: Event) -> None:
@@ -161,10 +166,46 @@ class EarlyStopping(Callback):
             for name in ("best_values", "best_epochs", "stopped_epochs", "_waited"):
                 setattr(self, name, getattr(self, name).to(values.device))
         if self.restore_best and self._best is None:
-            self._best = StackedCopy(event.mb)
+            self._best, self._mb = StackedCopy(event.mb), event.mb
             if self._saved is not None:
                 self._best.load_state_dict(self._saved)
         self._saved = None
+
+    def check_models_change(self, change: Change) -> None:
+        """Refuse a model of which it is not known when to stop it.
+
+        Raises:
+            ModelBatchError: `patience` or `min_delta` differs between the models.
+        """
+        for name in ("patience", "min_delta"):
+            own = getattr(self, name)
+            added = [slot for slot in change.fresh if change.replaced(slot) is None]
+            if added and isinstance(own, list) and any(value != own[0] for value in own):
+                raise ModelBatchError(
+                    f"model {added[0]} (new): EarlyStopping has a {name} for each model, and none "
+                    "for this one"
+                )
+
+    def models_changed(self, change: Change) -> None:
+        """Go on with the models that there are now; a fresh one begins to count."""
+        for name in ("patience", "min_delta"):
+            own = getattr(self, name)
+            if isinstance(own, list):
+                fresh = [own[change.replaced(slot) or 0] for slot in range(change.num_models)]
+                setattr(self, name, change.pick(own, fresh))
+        worst = torch.inf if self.mode == "min" else -torch.inf
+        for name, first in (
+            ("best_values", worst),
+            ("best_epochs", -1),
+            ("stopped_epochs", -1),
+            ("_waited", 0),
+        ):
+            values = getattr(self, name)
+            if values is not None:
+                setattr(self, name, change.rows(values, first))
+        if self._best is not None and self._mb is not None:
+            self._best.models_changed(self._mb, change)
+        self._saved = rows_of_saved(self._saved, change)
 
     def state_dict(self) -> dict[str, Any]:
         """The best values and weights, and how long each model has waited."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..change import Change
 from ..errors import ModelBatchError
 from ..evaluation import grad_norms
 from .base import Callback, Event
@@ -31,6 +32,8 @@ class MetricsLogger(Callback):
 
     Rows are written together, at the latest after `flush_seconds` and at the end of an epoch, so
     another program may follow the file; when a training ends, by an exception too, none is missing.
+    The number in a column's name is the model's id (`mb.model_ids`). What has left the bundle has
+    empty cells from then on, and in JSON Lines no entries; a model that joins gets further columns.
     A resumed training continues the file behind the last row that its checkpoint knows of; a new
     one appends to a file of the same columns.
 
@@ -48,6 +51,8 @@ class MetricsLogger(Callback):
         ModelBatchError: a bad argument; at the start of the training, if the file that is there
             has other columns.
     """
+
+    reads_models = False
 
     def __init__(
         self,
@@ -115,7 +120,7 @@ class MetricsLogger(Callback):
             if learning_rates(event.mb, event.optimizer) is None:
                 columns = [name for name in columns if name != "lr"]
             self._file = TableFile(
-                self.path, self.format, columns, len(event.mb), keep, self.flush_seconds
+                self.path, self.format, columns, event.mb.model_ids, keep, self.flush_seconds
             )
             # a loop that never says it has ended loses nothing
             self._close = weakref.finalize(self, self._file.close)
@@ -140,6 +145,11 @@ class MetricsLogger(Callback):
         file = self._file or self._open(event)
         if vectors or rates is not None:
             file.add_row((kind, event.epoch, event.step), vectors, rates)
+
+    def models_changed(self, change: Change) -> None:
+        """Write the numbers of the models that there are now; each has columns by its id."""
+        if self._file is not None:
+            self._file.models_changed(change.ids)
 
     def state_dict(self) -> dict[str, Any]:
         """How many rows there are."""

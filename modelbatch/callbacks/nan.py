@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..change import Change
+from ..engine.encoding import STATUS_GRAD, STATUS_LOSS, STATUS_WEIGHTS
 from ..errors import ModelBatchError
 from ..optim.clip import nonfinite
 from .base import Callback, Event
-from .pack import freeze
+from .pack import freeze, prune
 from .report import check_interval
-from .weights import StackedCopy, forget_optimizer_state, load_model
+from .weights import StackedCopy, forget_optimizer_state, load_model, rows_of_saved
 
 if TYPE_CHECKING:
     from ..batch import ModelBatch
@@ -33,8 +35,9 @@ class NaNCallback(Callback):
     Args:
         action: `"freeze"`: freeze the model (`mb.freeze`), and end the training when no model is
             left. `"reset"`: put back its last good weights, or fresh ones, and clear its optimizer
-            state. `"prune"`: remove it from the bundle. `"warn"`: warn, once per model. `"raise"`:
-            raise an error.
+            state. `"prune"`: remove it from the bundle, and end the training when no model is left
+            that trains (the last of all models is frozen). `"warn"`: warn, once per model.
+            `"raise"`: raise an error.
         check_gradients: look at the gradients.
         check_weights: look at the parameters.
         interval: look every so many steps.
@@ -78,21 +81,23 @@ class NaNCallback(Callback):
         self.lr_factor = lr_factor
         self._build = None if reset_to is None else _numbered(reset_to)
         self._good: StackedCopy | None = None
+        self._mb: ModelBatch | None = None
         self._saved: dict[str, Any] | None = None
         self._ignored: Tensor | None = None  # bool [M]: models that were warned of
         self.resets: dict[int, int] = {}
         self.warned: set[int] = set()
 
+    @property
+    def reads_models(self) -> bool:  # type: ignore[override]
+        """False where the engine, which stops a model by itself, does what this callback does."""
+        if self.action == "warn":
+            return False
+        watches_all = self.interval == 1 and self.check_gradients and self.check_weights
+        return self.action != "freeze" or not watches_all
+
     def on_train_start(self, event: Event) -> None:
-        """Keep a first copy of the weights, and refuse what the bundle cannot do."""
-        if self.action == "prune":
-            try:
-                event.mb.prune([])
-            except NotImplementedError as error:
-                raise ModelBatchError(
-                    'NaNCallback(action="prune"): this version cannot remove models from a '
-                    'bundle; use "freeze"'
-                ) from error
+        """Keep a first copy of the weights."""
+        self._mb = event.mb
         if self.action == "reset" and self._build is None:
             self._good = StackedCopy(event.mb)
             if self._saved is not None:
@@ -125,6 +130,11 @@ class NaNCallback(Callback):
 
     def _nonfinite(self, event: Event) -> Tensor | None:
         """Which models are not finite, bool `[M]`; None if there is nothing to look at."""
+        status = event.mb._engine.status
+        if status is not None:  # the engine has looked, and keeps no gradients to look at
+            wanted = STATUS_LOSS
+            wanted |= STATUS_GRAD * self.check_gradients | STATUS_WEIGHTS * self.check_weights
+            return (status & wanted) != 0
         parameters = event.mb._stack.parameters()
         tensors = list(parameters) if self.check_weights else []
         if event.losses is not None:
@@ -147,6 +157,15 @@ class NaNCallback(Callback):
         mb = event.mb
         parameters = mb._stack.parameters()
         looked: dict[str, Tensor] = {}
+        status = mb._engine.status
+        if status is not None:
+            bits = {"loss": STATUS_LOSS}
+            if self.check_gradients:
+                bits["gradient"] = STATUS_GRAD
+            if self.check_weights:
+                bits["weights"] = STATUS_WEIGHTS
+            found = status.tolist()
+            return {i: ", ".join(n for n, bit in bits.items() if found[i] & bit) for i in models}
         if event.losses is not None:
             looked["loss"] = torch.isfinite(event.losses).logical_not()
         grads = [p.grad for p in parameters if p.grad is not None]
@@ -165,7 +184,7 @@ class NaNCallback(Callback):
 
     def _copy_good(self, mb: "ModelBatch", bad: Tensor) -> None:
         if self._good is None:  # a loop that never called on_train_start
-            self._good = StackedCopy(mb)
+            self._good, self._mb = StackedCopy(mb), mb
         self._good.update(mb, bad.logical_not())
 
     # ---- acting
@@ -184,7 +203,9 @@ class NaNCallback(Callback):
             self._ignored = None
             warnings.warn(message, stacklevel=2)
         elif self.action == "prune":
-            event.mb.prune(models)
+            prune(event, models, message)
+            if not any(event.mb._active):
+                event.stop = True
         else:
             self._freeze(event, models, message)
 
@@ -216,6 +237,19 @@ class NaNCallback(Callback):
         if hopeless:
             reason = f"not finite at step {event.step} after {self.max_resets} resets"
             self._freeze(event, hopeless, reason)
+
+    # ---- models that come and go
+
+    def models_changed(self, change: Change) -> None:
+        """Go on with the models that there are now."""
+        for i in change.removed:
+            self.resets.pop(i, None)
+        moved = {old: slot for slot, old in enumerate(change.source) if old is not None}
+        self.resets = {moved[i]: count for i, count in self.resets.items()}
+        self.warned, self._ignored = set(change.renumber(self.warned)), None
+        if self._good is not None and self._mb is not None:
+            self._good.models_changed(self._mb, change)
+        self._saved = rows_of_saved(self._saved, change)
 
     # ---- resume
 

@@ -4,10 +4,11 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
+from ..change import Change
 from ..errors import ModelBatchError
 from .base import EVENTS, Callback, Event
 
-__all__ = ["CallbackPack", "freeze"]
+__all__ = ["CallbackPack", "freeze", "prune"]
 
 
 class CallbackPack(Callback):
@@ -27,8 +28,25 @@ class CallbackPack(Callback):
             callbacks = (callbacks,)
         self._callbacks: list[Callback] = []
         self._listeners: dict[str, list[Callable[[Event], None]]] = {name: [] for name in EVENTS}
+        self._event: Event | None = None  # that is being passed on
         for callback in callbacks:
             self.append(callback)
+
+    def check_models_change(self, change: Change) -> None:
+        """Ask every callback whether it can follow.
+
+        Raises:
+            ModelBatchError: one cannot.
+        """
+        for callback in self._callbacks:
+            change.check(callback)
+
+    def models_changed(self, change: Change) -> None:
+        """Tell every callback, and carry over the event that is on its way to them."""
+        if self._event is not None:
+            change.tell(self._event)
+        for callback in self._callbacks:
+            change.tell(callback)
 
     def append(self, callback: Callback) -> None:
         """Add a callback at the end.
@@ -61,8 +79,13 @@ class CallbackPack(Callback):
     def _tell(self, name: str, event: Event) -> None:
         if event.pack is None:
             event.pack = self
-        for listener in self._listeners[name]:
-            listener(event)
+        event.mb._followers.add(self)
+        outer, self._event = self._event, event
+        try:
+            for listener in self._listeners[name]:
+                listener(event)
+        finally:
+            self._event = outer
 
     def on_train_start(self, event: Event) -> None:
         """Passed on to every callback."""
@@ -152,3 +175,28 @@ def freeze(event: Event, models: Iterable[int], reason: str) -> list[int]:
         event.pack.on_model_frozen(frozen)
         event.stop = event.stop or frozen.stop
     return numbers
+
+
+def prune(event: Event, models: Iterable[int], reason: str) -> None:
+    """Remove models from the bundle; frozen instead if no model would be left.
+
+    Args:
+        event: what made a callback do this; its vectors are then of the models that are left.
+        models: their numbers.
+        reason: why.
+    """
+    mb, numbers = event.mb, list(models)
+    if len(numbers) == len(mb):
+        freeze(event, numbers, reason)
+        return
+    follower = _EventFollower(event)  # where no pack passes it on
+    mb._followers.add(follower)
+    mb.prune(numbers)
+
+
+class _EventFollower:
+    def __init__(self, event: Event) -> None:
+        self._event = event
+
+    def models_changed(self, change: Change) -> None:
+        change.tell(self._event)

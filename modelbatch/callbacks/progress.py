@@ -30,6 +30,8 @@ class ProgressBar(Callback):
         ModelBatchError: a negative number of seconds.
     """
 
+    reads_models = False
+
     def __init__(
         self,
         console: "Console | None" = None,
@@ -98,7 +100,7 @@ class ProgressBar(Callback):
     def on_epoch_end(self, event: Event) -> None:
         """Show the results of the epoch."""
         flags = event.mb._active
-        self._shown = {k: spread(v, flags) for k, v in read(event.metrics).items()}
+        self._shown = {k: spread(v, flags, event.mb._ids) for k, v in read(event.metrics).items()}
         if self._live is not None:
             self._draw(event)
             return
@@ -119,7 +121,7 @@ class ProgressBar(Callback):
     def _note(self, event: Event) -> None:
         if event.losses is not None:
             losses = read({"loss": event.losses})["loss"]
-            self._shown["loss"] = spread(losses, event.mb._active)
+            self._shown["loss"] = spread(losses, event.mb._active, event.mb._ids)
 
     # ---- what is shown
 

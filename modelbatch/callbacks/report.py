@@ -80,7 +80,7 @@ class Spread(NamedTuple):
     median: float
     high: float
     lowest: int
-    """The model with the lowest value, -1 if none is finite."""
+    """The id of the model with the lowest value, -1 if none is finite."""
 
     @property
     def known(self) -> bool:
@@ -88,7 +88,9 @@ class Spread(NamedTuple):
         return self.lowest >= 0
 
 
-def spread(values: Sequence[float], active: Sequence[bool]) -> Spread:
+def spread(
+    values: Sequence[float], active: Sequence[bool], ids: Sequence[int] | None = None
+) -> Spread:
     """The spread over finite values of active models; of all models if none is active."""
     if not any(active):
         active = [True] * len(values)
@@ -97,6 +99,7 @@ def spread(values: Sequence[float], active: Sequence[bool]) -> Spread:
         return Spread(math.nan, math.nan, math.nan, -1)
     low, lowest = min(numbered)
     finite = [value for value, _ in numbered]
+    lowest = lowest if ids is None else ids[lowest]
     return Spread(low, statistics.median(finite), max(finite), lowest)
 
 

@@ -31,7 +31,7 @@ class TableFile:
         path: of the file.
         format: `"csv"` or `"jsonl"`.
         columns: names of the values that a new file has columns for, each for every model.
-        num_models: M.
+        ids: of the models.
         keep_rows: drop what there is behind so many rows; None keeps all of them.
         flush_seconds: rows wait for others no longer than that.
 
@@ -44,18 +44,19 @@ class TableFile:
         path: Path,
         format: str,
         columns: Sequence[str],
-        num_models: int,
+        ids: Sequence[int],
         keep_rows: int | None,
         flush_seconds: float,
     ):
         self.path = path
         self.flush_seconds = flush_seconds
-        self.num_models = num_models
+        self._ids = list(ids)  # of the models whose numbers a row has
+        self._all_ids = list(ids)  # of those that the file has columns for
         self.rows = 0
         self._csv = format == "csv"
         self._columns = list(columns)
+        self._resumes = False
         self._templates: dict[str, str] = {}
-        self._nothing = "," * (num_models - 1)
         self._pending: list[_Row] = []
         self._rates: list[float] = []
         self._rates_text: tuple[list[float] | None, str] = (None, "")
@@ -79,6 +80,7 @@ class TableFile:
     def _continue(self, keep_rows: int | None) -> None:
         """Look at the file, and cut off rows that are incomplete or not to be kept."""
         end = 0
+        self._resumes = keep_rows is not None
         with self.path.open("rb") as file:
             for number, line in enumerate(file, 0 if self._csv else 1):
                 if not line.endswith(b"\n") or (keep_rows is not None and number > keep_rows):
@@ -104,18 +106,17 @@ class TableFile:
                 names = []
                 break
             found.setdefault(match[1], []).append(int(match[2]))
-        own = list(range(self.num_models))
         if tuple(names[: len(_FIRST)]) != _FIRST:
             raise ModelBatchError(
                 f"'{self.path}' exists and is no file of MetricsLogger; choose another path, or "
                 f"give overwrite=True"
             )
-        other = [name for name, models in found.items() if models != own]
+        other = [name for name, models in found.items() if not self._has_place(models)]
         missing = [name for name in self._columns if self._csv and name not in found]
         if other or missing:
             what = (
                 f"columns '{other[0]}' of {len(found[other[0]])} models, this bundle has "
-                f"{self.num_models}"
+                f"{len(self._ids)}"
                 if other
                 else f"no columns '{missing[0]}'"
             )
@@ -124,6 +125,25 @@ class TableFile:
             )
         if self._csv:
             self._columns = list(found)
+            self._all_ids = next(iter(found.values()), self._all_ids)
+
+    def _has_place(self, models: list[int]) -> bool:
+        """Whether columns of these models are those of the bundle.
+
+        A training that is resumed may find those of models that have left since, or joined after
+        the checkpoint.
+        """
+        return models == self._ids or (self._resumes and {*models} >= {*self._ids})
+
+    def models_changed(self, ids: Sequence[int]) -> None:
+        """Write rows of other models from now on."""
+        self.flush()
+        self._ids = list(ids)
+        self._templates.clear()
+        self._rates_text = (None, "")
+        new = [model_id for model_id in ids if model_id not in self._all_ids]
+        if self._csv and new:
+            self._rewrite([], new)
 
     # ---- rows
 
@@ -156,9 +176,9 @@ class TableFile:
             self.flush()
 
     def _check_length(self, name: str, length: int) -> None:
-        if length != self.num_models:
+        if length != len(self._ids):
             raise ModelBatchError(
-                f"'{self.path}' has columns for {self.num_models} models, '{name}' has {length} "
+                f"'{self.path}' has columns for {len(self._ids)} models, '{name}' has {length} "
                 f"values"
             )
 
@@ -181,8 +201,9 @@ class TableFile:
                 if new := [name for name in texts if name not in self._columns]:
                     self._append(rows)
                     rows = []
-                    self._add_columns(new)
-                cells = [texts.get(name, self._nothing) for name in self._columns]
+                    self._rewrite(new, [])
+                nothing = "," * (len(self._all_ids) - 1)
+                cells = [texts.get(name, nothing) for name in self._columns]
                 rows.append(",".join([*map(str, first), *cells]))
             else:
                 kind, epoch, step = first
@@ -200,14 +221,17 @@ class TableFile:
 
     def _text(self, name: str, line: str) -> str:
         """The cells of a value for all models, from its numbers with commas between them."""
-        if self._csv:
+        if self._csv and self._ids == self._all_ids:
             return line
         numbers = line.split(",")
+        if self._csv:
+            own = dict(zip(self._ids, numbers, strict=True))
+            return ",".join(own.get(model_id, "") for model_id in self._all_ids)
         if "n" in line:  # inf or nan, which JSON does not have
             numbers = ["null" if "n" in number else number for number in numbers]
         template = self._templates.get(name)
         if template is None:
-            keys = (json.dumps(f"{name}_model_{i}") for i in range(self.num_models))
+            keys = (json.dumps(f"{name}_model_{i}") for i in self._ids)
             # in one go, which takes a third of the time of one by one
             template = ", ".join(f"{key.replace('%', '%%')}: %s" for key in keys)
             self._templates[name] = template
@@ -216,18 +240,29 @@ class TableFile:
     # ---- the header of CSV
 
     def _header(self) -> bytes:
-        names = (f"{name}_model_{i}" for name in self._columns for i in range(self.num_models))
+        names = (f"{name}_model_{i}" for name in self._columns for i in self._all_ids)
         return (",".join([*_FIRST, *names]) + "\n").encode()
 
-    def _add_columns(self, names: Sequence[str]) -> None:
-        """Rewrite the file with further columns, which are empty in the rows so far."""
+    def _rewrite(self, names: Sequence[str], ids: Sequence[int]) -> None:
+        """Write the file again with columns of further values or models, empty in its rows."""
+        width, count = len(self._all_ids), len(self._columns)
         self._columns += names
+        self._all_ids += ids
         self._file.close()
         temporary = self.path.with_name(f"{self.path.name}.new")
+        padding = b"," * (len(names) * len(self._all_ids)) + b"\n"
+        more = [b""] * len(ids)
         with temporary.open("wb") as file:
             file.write(self._header())
-            padding = b"," * (len(names) * self.num_models) + b"\n"
-            file.writelines(line.rstrip(b"\r\n") + padding for line in self._lines())
+            for line in self._lines():
+                row = line.rstrip(b"\r\n")
+                if more:
+                    cells = row.split(b",")
+                    parts, start = cells[: len(_FIRST)], len(_FIRST)
+                    for k in range(count):
+                        parts += cells[start + k * width : start + (k + 1) * width] + more
+                    row = b",".join(parts)
+                file.write(row + padding)
         os.replace(temporary, self.path)
         self._file = self.path.open("ab", buffering=0)
 

@@ -1,13 +1,16 @@
 """Writing event files for TensorBoard."""
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
+from ..change import Change
 from .base import Callback, Event
 from .report import (
     check_interval,
@@ -19,6 +22,9 @@ from .report import (
     scalars,
     tell_of_many_runs,
 )
+
+if TYPE_CHECKING:
+    from ..batch import ModelBatch
 
 __all__ = ["TensorBoardCallback"]
 
@@ -39,12 +45,15 @@ class TensorBoardCallback(Callback):
         log_dir: directory of the event files.
         interval: log every so many steps; 0 for epochs alone.
         runs: `"bundle"` or `"per_model"`.
-        hparams: M dicts of hyper-parameters beside those of the optimizer.
+        hparams: M dicts of hyper-parameters beside those of the optimizer. A model that joins the
+            bundle has none of these.
 
     Raises:
         ImportError: tensorboard is not installed.
         ModelBatchError: a bad argument.
     """
+
+    reads_models = False
 
     def __init__(
         self,
@@ -66,6 +75,7 @@ class TensorBoardCallback(Callback):
         self._hyper: list[dict[str, Any]] = []
         self._results: dict[str, list[float]] = {}
         self._resumed = False
+        self._follows: tuple[ModelBatch, Optimizer | None] | None = None
 
     def on_train_start(self, event: Event) -> None:
         """Open the writers."""
@@ -75,10 +85,33 @@ class TensorBoardCallback(Callback):
         directories = [self.log_dir]
         if self.runs == "per_model":
             tell_of_many_runs("TensorBoardCallback", len(event.mb))
-            directories = [self.log_dir / f"model_{i:03d}" for i in range(len(event.mb))]
+            directories = [self._directory(i) for i in event.mb.model_ids]
         # a resumed training does again what came after its checkpoint: that is hidden
         purge = event.step + 1 if self._resumed else None
         self._writers = [self._writer_class(str(d), purge_step=purge) for d in directories]
+        self._follows = event.mb, event.optimizer
+
+    def _directory(self, model_id: int) -> Path:
+        return self.log_dir / f"model_{model_id:03d}"
+
+    def models_changed(self, change: Change) -> None:
+        """Log the models that there are now; a run that has no model any more ends."""
+        if self.hparams is not None:
+            self.hparams = change.pick(list(self.hparams), lambda slot: {})
+        if not self._writers or self._follows is None:
+            return
+        self._hyper, _ = model_hparams(*self._follows, self.hparams)
+        self._results = {
+            name: change.pick(values, lambda slot: math.nan)
+            for name, values in self._results.items()
+        }
+        if self.runs == "per_model":
+            for old in change.removed:
+                self._writers[old].close()
+            self._writers = change.pick(
+                self._writers,
+                lambda slot: self._writer_class(str(self._directory(change.ids[slot]))),
+            )
 
     def on_train_step(self, event: Event) -> None:
         """Log this step."""
@@ -126,13 +159,14 @@ class TensorBoardCallback(Callback):
         writer.add_scalar("models/active", sum(flags), event.step)
 
     def _log_hparams(self, event: Event, results: Mapping[str, Sequence[float]]) -> None:
+        ids = event.mb.model_ids
         for i, hyper in enumerate(self._hyper):
             metrics = {f"result/{name}": values[i] for name, values in results.items()}
             metrics["result/active"] = float(event.mb._active[i])
             if self.runs == "per_model":
                 self._writers[i].add_hparams(hyper, metrics, run_name=".", global_step=event.step)
             else:
-                run = f"model_{i:03d}"
+                run = f"model_{ids[i]:03d}"
                 self._writers[0].add_hparams(hyper, metrics, run_name=run, global_step=event.step)
 
     def _close(self) -> None:

@@ -1,11 +1,15 @@
 """Logging to Weights & Biases."""
 
+import math
 import os
 import sys
 import uuid
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from torch.optim import Optimizer
+
+from ..change import Change
 from ..errors import ModelBatchError
 from .base import Callback, Event
 from .report import (
@@ -18,6 +22,9 @@ from .report import (
     scalars,
     tell_of_many_runs,
 )
+
+if TYPE_CHECKING:
+    from ..batch import ModelBatch
 
 __all__ = ["WandbCallback"]
 
@@ -43,7 +50,8 @@ class WandbCallback(Callback):
         config: what to note beside the hyper-parameters of the optimizer.
         interval: log every so many steps; 0 for epochs alone.
         runs: `"bundle"` or `"per_model"`.
-        hparams: M dicts of hyper-parameters beside those of the optimizer.
+        hparams: M dicts of hyper-parameters beside those of the optimizer. A model that joins the
+            bundle has none of these.
         **options: further arguments of `wandb.init`: `mode`, `dir`, `entity`, `tags`, ...
 
     Attributes:
@@ -53,6 +61,8 @@ class WandbCallback(Callback):
         ImportError: wandb is not installed.
         ModelBatchError: a bad argument.
     """
+
+    reads_models = False
 
     def __init__(
         self,
@@ -86,12 +96,15 @@ class WandbCallback(Callback):
         self._hyper: list[dict[str, Any]] = []
         self._results: dict[str, list[float]] = {}
         self._defined: set[str] = set()
+        self._follows: tuple[ModelBatch, Optimizer | None] | None = None
+        self._names: dict[str, Any] = {}  # what the runs of models have in common
 
     def on_train_start(self, event: Event) -> None:
         """Begin the runs."""
         self._finish(0)
         self._hyper, shared = model_hparams(event.mb, event.optimizer, self.hparams)
         self._results, self._defined = {}, set()
+        self._follows = event.mb, event.optimizer
         config = {**shared, "num_models": len(event.mb), **self.config}
         if self.runs == "bundle":
             rates = [hyper["lr"] for hyper in self._hyper if "lr" in hyper]
@@ -101,10 +114,41 @@ class WandbCallback(Callback):
             return
         tell_of_many_runs("WandbCallback", len(event.mb))
         group = self.group or self.name or f"bundle-{uuid.uuid4().hex[:8]}"
-        prefix = self.name or group
+        self._names = {"prefix": self.name or group, "group": group, "config": config}
+        ids = event.mb.model_ids
         for i, hyper in enumerate(self._hyper):
-            own = {**config, "model": i, **hyper}
-            self._begin(i, own, name=f"{prefix}-model_{i:03d}", group=group)
+            self._begin_model(i, ids[i], hyper)
+
+    def _begin_model(self, number: int, model_id: int, hyper: Mapping[str, Any]) -> None:
+        common = self._names
+        own = {**common["config"], "model": model_id, **hyper}
+        name = f"{common['prefix']}-model_{model_id:03d}"
+        self._begin(number, own, name=name, group=common["group"])
+
+    def models_changed(self, change: Change) -> None:
+        """Log the models that there are now; a run that has no model any more ends."""
+        if self.hparams is not None:
+            self.hparams = change.pick(list(self.hparams), lambda slot: {})
+        if self._resumes and self.runs == "per_model" and len(self._ids) == change.old_num_models:
+            self._ids = change.pick(self._ids, lambda slot: uuid.uuid4().hex[:8])
+        if not self.run_list or self._follows is None:
+            return
+        self._hyper, _ = model_hparams(*self._follows, self.hparams)
+        self._results = {
+            name: change.pick(values, lambda slot: math.nan)
+            for name, values in self._results.items()
+        }
+        if self.runs != "per_model":
+            return
+        old_runs = list(self.run_list)
+        for old in change.removed:
+            old_runs[old].finish(exit_code=0)
+        self._resumes, self._defined, self.run_list = False, set(), []
+        for slot, source in enumerate(change.source):
+            if source is None:
+                self._begin_model(slot, change.ids[slot], self._hyper[slot])
+            else:
+                self.run_list.append(old_runs[source])
 
     def _begin(self, number: int, config: dict[str, Any], **names: str | None) -> None:
         more: dict[str, Any] = {}
@@ -178,9 +222,10 @@ class WandbCallback(Callback):
     def _table(self, event: Event, results: Mapping[str, Sequence[float]]) -> Any:
         options = list(dict.fromkeys(name for hyper in self._hyper for name in hyper))
         columns = ["model", "active", *options, *results]
+        ids = event.mb.model_ids
         rows = [
             [
-                i,
+                ids[i],
                 event.mb._active[i],
                 *(hyper.get(name) for name in options),
                 *(values[i] for values in results.values()),

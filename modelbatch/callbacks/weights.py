@@ -7,13 +7,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..change import Change
 from ..errors import ModelBatchError
 from ..optim import PerModelOptimizer
 
 if TYPE_CHECKING:
     from ..batch import ModelBatch
 
-__all__ = ["StackedCopy", "forget_optimizer_state", "load_model"]
+__all__ = ["StackedCopy", "forget_optimizer_state", "load_model", "rows_of_saved"]
 
 
 def _tensors(mb: "ModelBatch") -> Iterator[tuple[str, Tensor]]:
@@ -56,6 +57,17 @@ class StackedCopy:
             now.index_copy_(0, rows, copy.to(now.device, now.dtype).index_select(0, rows))
         torch.autograd.graph.increment_version(mb._stack.parameters())
 
+    def models_changed(self, mb: "ModelBatch", change: Change) -> None:
+        """Follow a bundle whose models have changed; a fresh one's copy is what it has now."""
+        for name, now in _tensors(mb):
+            copy = self._copies.get(name)
+            if copy is None or copy.shape[1:] != now.shape[1:]:
+                self._copies[name] = now.clone()
+                continue
+            rows = self._copies[name] = change.rows(copy)
+            for slot in change.fresh:
+                rows[slot].copy_(now[slot])
+
     def of_model(self, i: int) -> dict[str, Tensor]:
         """The copies of model i, by name."""
         return {name: copy[i].clone() for name, copy in self._copies.items()}
@@ -80,6 +92,13 @@ class StackedCopy:
                 )
         for name, copy in self._copies.items():
             copy.copy_(state_dict[name])
+
+
+def rows_of_saved(saved: dict[str, Any] | None, change: Change) -> dict[str, Any] | None:
+    """A state of `StackedCopy` that waits to be loaded, after the models have changed."""
+    if saved is None:
+        return None
+    return {name: change.rows(tensor) for name, tensor in saved.items()}
 
 
 @torch.no_grad()

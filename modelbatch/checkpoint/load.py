@@ -20,6 +20,7 @@ from .format import MANIFEST, OPTIMIZER, RANDOM, STACKED, STATES
 from .optimizer import class_name
 from .optimizer_change import OptimizerChange
 from .reading import StoredFiles, read
+from .resize import resize as resize_to
 from .save import extra_state_owners
 from .tensors import TensorChange
 
@@ -35,11 +36,19 @@ def load_all(
     indices: Sequence[int] | None = None,
     states: Mapping[str, Any] | None = None,
     strict: bool = True,
+    resize: bool = False,
 ) -> None:
     """See `ModelBatch.load_all`."""
+    if resize and indices is not None:
+        raise CheckpointError("resize=True takes all models of the checkpoint, so no indices=")
     files = (STACKED, OPTIMIZER, RANDOM, STATES)
     checkpoint = read(Path(directory), files, check_all=strict)
     with _read_errors(checkpoint):
+        saved = checkpoint.manifest
+        if resize and [model["id"] for model in saved["models"]] != bundle.model_ids:
+            # what does not depend on the number of models is checked before that changes
+            _Change(bundle, checkpoint, [0] * len(bundle), {}, strict)
+            resize_to(bundle, saved)
         change = _Change(bundle, checkpoint, indices, states or {}, strict)
     change.apply()
 
@@ -86,6 +95,10 @@ class _Change:
         self._streams = self._prepare_streams(checkpoint.tensors.get(RANDOM, {}))
         models = self._manifest["models"]
         self._active = [bool(models[i]["active"]) for i in self._order]
+        ids = [int(models[i]["id"]) for i in self._order]
+        #: A model that the bundle takes twice cannot have its id twice.
+        self._ids = ids if len({*ids}) == len(ids) else bundle.model_ids
+        self._next_id = _next_id(self._manifest)
         self._training = bool(self._manifest["training"]["training"])
         self._other_mode = {*self._manifest["training"]["other_mode"]}
 
@@ -264,6 +277,7 @@ class _Change:
     def _apply_modes(self) -> None:
         bundle = self._bundle
         bundle._active[:] = self._active
+        bundle._ids, bundle._next_id = self._ids, max(self._next_id, bundle._next_id)
         bundle._active_tensor = None if all(self._active) else bundle.active
         names = bundle._stack.structure.module_names
         for modules in (bundle._stack.nodes, *bundle._stack.modules):
@@ -278,6 +292,15 @@ def _load_state(undo: list[_Undo], name: str, owner: Any, state: Any) -> None:
         owner.load_state_dict(state)
     except Exception as error:
         raise CheckpointError(f"states[{name!r}] cannot be loaded: {error}") from error
+
+
+def _next_id(manifest: Mapping[str, Any]) -> int:
+    """The id that the saved bundle would have given to its next model."""
+    least = 1 + max(int(model["id"]) for model in manifest["models"])
+    saved = manifest.get("next_id", least)
+    if not isinstance(saved, int) or saved < least:
+        raise ValueError(f"next_id is {saved!r}")
+    return saved
 
 
 def _order(indices: Sequence[int] | None, saved: int, num_models: int) -> list[int]:

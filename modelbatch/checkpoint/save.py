@@ -67,11 +67,12 @@ def _collect(
 ) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
     """The content of `bundle.json`, and the tensors of every file."""
     files: dict[str, dict[str, Tensor]] = {}
-    ids = list(getattr(bundle, "model_ids", range(len(bundle))))
+    ids = bundle.model_ids
     content: dict[str, Any] = {
         "modelbatch": __version__,
         "torch": str(torch.__version__),
         "num_models": len(bundle),
+        "next_id": bundle._next_id,
         "models": [
             {"id": model_id, "seed": seed, "active": active}
             for model_id, seed, active in zip(ids, bundle.seeds, bundle._active)

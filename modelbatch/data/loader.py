@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 from torch.utils.data import TensorDataset, default_collate
 
+from ..change import Change
 from ..errors import ModelBatchError
-from ..random import check_seeds, derive_seeds
+from ..random import check_seeds, derive_seed, derive_seeds
 from .router import RoutedBatch, batch_size_of, take
 
 
@@ -63,7 +64,26 @@ class PerModelLoader:
         else:
             self.seeds = check_seeds(seeds, self.num_models) or []
         self.shuffle, self.drop_last = shuffle, drop_last
-        self._subsets = None if subsets is None else self._check_subsets(subsets)
+        self._parts = None if subsets is None else self._check_subsets(subsets)
+        self._numbers = list(range(self.num_models))
+        self._changed = False
+        self._lay_out()
+        self._order: Tensor | None = None
+        self._order_of: int | None = None
+        self.epoch = 0
+        """The epoch that the next batch belongs to, or the last one did."""
+        self._next = 0
+        self._begun = self._resumed = False
+
+    def _lay_out(self) -> None:
+        """What follows from batch sizes and subsets.
+
+        Raises:
+            ModelBatchError: a model has not one batch.
+        """
+        parts, drop_last = self._parts, self.drop_last
+        #: For each model the numbers of its samples; None for all.
+        self._subsets = None if parts is None else [parts[number] for number in self._numbers]
         lengths = [self.dataset_size] * self.num_models
         if self._subsets is not None:
             lengths = [len(subset) for subset in self._subsets]
@@ -86,14 +106,49 @@ class PerModelLoader:
         self._sizes_there = self._sizes.to(self._device).unsqueeze(1)
         self._ends_there = self._ends.to(self._device).unsqueeze(1)
         self._same_for_all = (
-            not shuffle and self._subsets is None and len(set(self.batch_sizes)) == 1
+            not self.shuffle and self._subsets is None and len(set(self.batch_sizes)) == 1
         )
-        self._order: Tensor | None = None
-        self._order_of: int | None = None
-        self.epoch = 0
-        """The epoch that the next batch belongs to, or the last one did."""
-        self._next = 0
-        self._begun = self._resumed = False
+
+    # ---- models that come and go
+
+    def check_models_change(self, change: Change) -> None:
+        """Refuse a model of which it is not known what it sees.
+
+        Raises:
+            ModelBatchError: a model is added where each has its own subset or batch size.
+        """
+        if self.num_models != change.old_num_models:
+            raise ModelBatchError(
+                f"this loader is for {self.num_models} models, the bundle has "
+                f"{change.old_num_models}"
+            )
+        added = [slot for slot in change.fresh if change.replaced(slot) is None]
+        if added and not change.template:
+            for what, own in (
+                ("subset", self._parts is not None),
+                ("batch size", len(set(self.batch_sizes)) > 1),
+            ):
+                if own:
+                    raise ModelBatchError(
+                        f"model {added[0]} (new): each model of the loader has a {what} of its "
+                        "own, and what this one's is cannot be told; a model that replaces another "
+                        "takes over what that one had"
+                    )
+
+    def models_changed(self, change: Change) -> None:
+        """Give batches to the models that there are now.
+
+        A fresh model begins with the next batch, in an order of its own; one that replaces another
+        takes over its subset and batch size.
+        """
+        self.num_models, self._changed = change.num_models, True
+        places = [change.replaced(slot) or 0 for slot in range(change.num_models)]
+        self._numbers = change.pick(self._numbers, [self._numbers[place] for place in places])
+        sizes = [self.batch_sizes[place] for place in places]
+        self.batch_sizes = change.pick(self.batch_sizes, sizes)
+        self.seeds = change.pick(self.seeds, lambda slot: derive_seed(change.ids[slot]))
+        self._lay_out()
+        self._order = None
 
     def __len__(self) -> int:
         """The batches of an epoch: those of the model that has most."""
@@ -188,12 +243,25 @@ class PerModelLoader:
         Raises:
             ModelBatchError: it is the state of another loader.
         """
+        own_changes = (
+            ("batch_sizes", "samples_per_model", "seeds") if "numbers" in state_dict else ()
+        )
         for name, own in self._identity().items():
+            if name == "numbers" or (name in own_changes and len(state_dict[name]) == len(own)):
+                continue
             if state_dict.get(name) != own:
                 raise ModelBatchError(
                     f"this is the state of another loader: its {name} is "
                     f"{state_dict.get(name)!r}, not {own!r}"
                 )
+        if own_changes:
+            self._numbers, self._changed = list(state_dict["numbers"]), True
+            self.batch_sizes, self.seeds = (
+                list(state_dict["batch_sizes"]),
+                list(state_dict["seeds"]),
+            )
+            self._lay_out()
+            self._order = None
         self.epoch, self._next = int(state_dict["epoch"]), int(state_dict["batch"])
         self._begun = self._resumed = bool(state_dict["begun"])
 
@@ -205,6 +273,7 @@ class PerModelLoader:
             "seeds": list(self.seeds),
             "shuffle": self.shuffle,
             "drop_last": self.drop_last,
+            **({"numbers": list(self._numbers)} if self._changed else {}),
         }
 
     # ---- checks

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..change import Change
 from ..errors import ModelBatchError
-from ..random import check_seeds, derive_seeds
+from ..random import check_seeds, derive_seed, derive_seeds
 from ..weights import moved
 from .masks import uniform
 from .router import DataRouter, RoutedBatch, batch_size_of, own_rows, take
@@ -105,20 +106,69 @@ class StratifiedDataRouter(DataRouter):
                 self.seeds = check_seeds(seeds, num_models) or derive_seeds(num_models)
         self.epoch = 0
         self._offset = 0
+        self._first_models = num_models  # what the samples were divided among
+        self._numbers = list(range(num_models))  # each model's number in that
+        self._changed = False
         self._tables: dict[str, Tensor] = {}
+        self._class_rows: Tensor | None = None
         if strategy == "class_based":
-            self._tables["classes"] = self._class_table(classes, num_classes)
-        if self.seeds:
-            signed = [s if s < 1 << 63 else s - (1 << 64) for s in self.seeds]
-            self._tables["seeds"] = torch.tensor(signed, dtype=torch.int64)
-        if strategy == "bootstrap" and dataset_size is not None:
-            self._tables["draws"] = self._draws(dataset_size)
+            self._class_rows = self._class_table(classes, num_classes)
+        self._fill_tables()
         if shuffle_seed is not None:
             if dataset_size is None:
                 raise ModelBatchError("shuffle_seed needs dataset_size")
             generator = torch.Generator().manual_seed(shuffle_seed)
             order = torch.randperm(dataset_size, generator=generator)
             self._tables["folds"] = order % self.num_folds
+
+    def _fill_tables(self) -> None:
+        self._tables["numbers"] = torch.tensor(self._numbers)
+        if self._class_rows is not None:
+            rows = [number % len(self._class_rows) for number in self._numbers]
+            self._tables["classes"] = self._class_rows[rows]
+        if self.seeds:
+            signed = [s if s < 1 << 63 else s - (1 << 64) for s in self.seeds]
+            self._tables["seeds"] = torch.tensor(signed, dtype=torch.int64)
+        if self.strategy == "bootstrap" and self.dataset_size is not None:
+            self._tables["draws"] = self._draws(self.dataset_size)
+
+    # ---- models that come and go
+
+    def check_models_change(self, change: Change) -> None:
+        """Refuse a model of which it is not known what it sees.
+
+        Raises:
+            ModelBatchError: a model is added where all samples, or classes, have been given away.
+        """
+        if self.num_models != change.old_num_models:
+            raise ModelBatchError(
+                f"this router is for {self.num_models} models, the bundle has "
+                f"{change.old_num_models}"
+            )
+        added = [slot for slot in change.fresh if change.replaced(slot) is None]
+        if added and not change.template and self.strategy in ("round_robin", "class_based"):
+            raise ModelBatchError(
+                f'model {added[0]} (new): the strategy "{self.strategy}" has given all samples to '
+                "the first models; a model that replaces another takes over what that one had"
+            )
+
+    def models_changed(self, change: Change) -> None:
+        """Go on with the models that there are now: each keeps its own part of the data.
+
+        A model that replaces another takes over its part; with `"random"` and `"bootstrap"` every
+        fresh one draws a part of its own.
+        """
+        self.num_models, self._changed = change.num_models, True
+        further = max(self._first_models, 1 + max(self._numbers))
+        numbers = []
+        for slot in range(change.num_models):
+            old = change.replaced(slot)
+            numbers.append(further if old is None else self._numbers[old])
+            further += old is None and change.source[slot] is None
+        self._numbers = change.pick(self._numbers, numbers)
+        if self.seeds:
+            self.seeds = change.pick(self.seeds, lambda slot: derive_seed(change.ids[slot]))
+        self._fill_tables()
 
     # ---- what belongs to whom
 
@@ -178,7 +228,7 @@ class StratifiedDataRouter(DataRouter):
         """
         if self.strategy != "kfold":
             raise ModelBatchError(f'strategy "{self.strategy}" leaves no samples for validation')
-        return StratifiedDataRouter(
+        other = StratifiedDataRouter(
             self.num_models,
             "kfold",
             num_folds=self.num_folds,
@@ -187,9 +237,13 @@ class StratifiedDataRouter(DataRouter):
             shuffle_seed=self.shuffle_seed,
             compact=self.compact,
         )
+        other._numbers, other._changed = list(self._numbers), self._changed
+        other._first_models = self._first_models
+        other._fill_tables()
+        return other
 
     def _round_robin(self, ids: Tensor, labels: Tensor | None) -> Tensor:
-        return ids % self.num_models == self._models(ids).unsqueeze(1)
+        return ids % self._first_models == self._models(ids).unsqueeze(1)
 
     def _random(self, ids: Tensor, labels: Tensor | None) -> Tensor:
         return uniform(self._table("seeds", ids), ids) < self.fraction
@@ -218,7 +272,7 @@ class StratifiedDataRouter(DataRouter):
         return torch.searchsorted(limits, uniform(self._table("seeds", ids), ids), right=True)
 
     def _models(self, like: Tensor) -> Tensor:
-        return torch.arange(self.num_models, device=like.device)
+        return self._table("numbers", like)
 
     def _table(self, name: str, like: Tensor) -> Tensor:
         """A table on the device where it is needed; it stays there."""
@@ -315,12 +369,19 @@ class StratifiedDataRouter(DataRouter):
         return {"epoch": self.epoch, "offset": self._offset, **self._identity()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # noqa: D102 - inherited
+        changed = "numbers" in state_dict
         for name, own in self._identity().items():
+            if name == "numbers" or (changed and name == "seeds"):
+                continue
             if state_dict.get(name) != own:
                 raise ModelBatchError(
                     f"this is the state of another router: its {name} is "
                     f"{state_dict.get(name)!r}, not {own!r}"
                 )
+        if changed:
+            self._numbers, self._changed = list(state_dict["numbers"]), True
+            self.seeds = list(state_dict["seeds"])
+            self._fill_tables()
         self.epoch, self._offset = int(state_dict["epoch"]), int(state_dict["offset"])
 
     def _identity(self) -> dict[str, Any]:
@@ -333,6 +394,7 @@ class StratifiedDataRouter(DataRouter):
             "split": self.split,
             "shuffle_seed": self.shuffle_seed,
             "seeds": list(self.seeds),
+            **({"numbers": list(self._numbers)} if self._changed else {}),
         }
 
     def _count(self, size: int) -> Tensor:

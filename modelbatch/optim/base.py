@@ -1,16 +1,20 @@
 """What every optimizer of a bundle shares: one group and one state per model."""
 
 import copy
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache
+from types import MappingProxyType
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..change import Change, Followers
 from ..errors import ModelBatchError
 from .configs import stock_optimizer
 from .gradients import GradientViews
+from .joining import LIMITS, Joining
 
 __all__ = ["PerModelOptimizer", "mixed_class", "unhooked_step"]
 
@@ -52,6 +56,10 @@ class PerModelOptimizer(Optimizer):
     _optimizer_cls: type[Optimizer]
     _configs: list[dict[str, Any]]
     _complete: bool = False
+    _base_options: Mapping[str, Any] = MappingProxyType({})
+    """What models that join have, where nothing else is said."""
+    _followers: Followers | None = None
+    """Those who are told when the models of the bundle change."""
     last_grad_norms: Tensor | None = None
     """Norms `[M]` of the gradients that the last step clipped, as they were before, unscaled."""
     last_inv_scale: Tensor | None = None
@@ -134,6 +142,48 @@ class PerModelOptimizer(Optimizer):
         for option, default in self.defaults.items():
             param_group.setdefault(option, default)
         self.__dict__["param_groups"].append(param_group)
+
+    # ---- models that come and go
+
+    def check_models_change(self, change: Change) -> None:
+        """Refuses a change that this optimizer cannot follow; nothing is changed.
+
+        Raises:
+            ModelBatchError: a bad option of a fresh model, naming model and option.
+        """
+        change.notes[id(self)] = Joining.of(self, change)
+
+    @torch.no_grad()
+    def models_changed(self, change: Change) -> None:
+        """Follows a bundle whose models, and stacked parameters, have changed."""
+        joining: Joining = change.notes[id(self)]
+        left = [self._views.params[old] for old in change.removed]
+        self._views.models_changed(change)
+        groups = self.__dict__["param_groups"]
+        groups[:] = self._changed_groups(change, joining)
+        self._configs = change.pick(self._configs, joining.configs.__getitem__)
+        for name in LIMITS:
+            limits = getattr(self, name, None)
+            if limits is not None:
+                setattr(self, name, change.pick(limits, joining.limits.get(name, {}).__getitem__))
+        for name in ("last_grad_norms", "last_inv_scale"):
+            vector = getattr(self, name)
+            if vector is not None:
+                setattr(self, name, change.rows(vector, torch.nan))
+        self._change_state(change, joining, left)
+        joining.schedulers.models_changed()
+
+    def _changed_groups(self, change: Change, joining: Joining) -> list[dict[str, Any]]:
+        return change.pick(list(self.__dict__["param_groups"]), joining.groups.__getitem__)
+
+    def _change_state(
+        self, change: Change, joining: Joining, left: Sequence[Sequence[nn.Parameter]]
+    ) -> None:
+        for params in left:
+            for param in params:
+                self.state.pop(param, None)
+        for stock in joining.stocks.values():
+            self.state.update(stock.state)
 
     def model_state_dict(self, i: int) -> dict[str, Any]:
         """The state of model i as its own stock torch optimizer would save it.

@@ -122,7 +122,9 @@ class OptimizerFactory:
             for name in ("clip_grad_norm", "clip_grad_value")
             if (limits := per_model_limits(name, getattr(self, name), mb.num_models)) is not None
         }
-        return mb._build_optimizer(self.optimizer_cls, merged, clips, self.grad_scaler)
+        return mb._build_optimizer(
+            self.optimizer_cls, merged, clips, self.grad_scaler, self.base_config
+        )
 
 
 def per_model_limits(name: str, value: Any, num_models: int) -> list[float] | None:

@@ -4,18 +4,20 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import (
     _global_optimizer_post_hooks as _GLOBAL_POST_HOOKS,
     _global_optimizer_pre_hooks as _GLOBAL_PRE_HOOKS,
 )
 
+from ..change import Change
 from .base import mixed_class
 from .clip import clip_factor, grad_stats
 from .configs import stock_optimizer
 from .gradients import GradientViews
 from .groups import HyperTable, ModelGroup
+from .joining import Joining
 from .loading import LoadingOptimizer
 from .rules import RULES, Rule
 from .states import Entry, StateViews, merge_numbers, real
@@ -183,6 +185,36 @@ class FusedOptimizer(LoadingOptimizer):
         self.__dict__["param_groups"][i] = group
         self._table.changed.update((i, option) for option in group)
 
+    # ---- models that come and go
+
+    def _changed_groups(self, change: Change, joining: Joining) -> list[dict[str, Any]]:
+        changed, show = self._table.changed, self._views.refresh
+        groups: list[ModelGroup] = self.__dict__["param_groups"]
+        for old in change.removed:
+            groups[old].move(0, set(), lambda: None)
+        new = change.pick(
+            list(groups), lambda slot: ModelGroup(joining.groups[slot], slot, changed, show)
+        )
+        for slot, group in enumerate(new):
+            group.move(slot, changed, show)
+        return list(new)
+
+    def _change_state(
+        self, change: Change, joining: Joining, left: Sequence[Sequence[nn.Parameter]]
+    ) -> None:
+        groups = self.__dict__["param_groups"]
+        first = self._first_states(groups)
+        shared: dict[int, list[Tensor]] = {}
+        for entry in self._entries:
+            if id(entry.numbers) not in shared:
+                shared[id(entry.numbers)] = [change.rows(own) for own in entry.numbers]
+        for entry in self._entries:
+            entry.models_changed(change, first, shared[id(entry.numbers)])
+        self._table.models_changed(groups)
+        self._state.place(self._views.rows)
+        self._active_flags, self._limits_key, self._calls = [], None, []
+        self._forget_plan()
+
     # ---- the step
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -240,6 +272,34 @@ class FusedOptimizer(LoadingOptimizer):
             operator(call.params, own, *call.states, call.step, matrix, active, nonfinite, *scaling)
         # The operator writes below autograd, which must learn that saved parameters changed.
         torch.autograd.graph.increment_version(self._views.stacked)
+
+    def one_call(self, pattern: list[bool]) -> _Call | None:
+        """What a whole step by one operator needs to know of this optimizer.
+
+        Brings options up to date and makes missing states, as a step does.
+
+        Args:
+            pattern: which of the stacked parameters take part.
+
+        Returns:
+            The parameters, states and steps; None if one call cannot take them all.
+
+        Raises:
+            ModelBatchError: an option is no number.
+        """
+        if self._table.refresh(self.__dict__["param_groups"]) or pattern != self._pattern:
+            with torch.no_grad():
+                self._plan(pattern)
+        return self._calls[0] if len(self._calls) == 1 else None
+
+    def clip_limits(self) -> tuple[Tensor | None, Tensor | None]:
+        """The models' limits of norm and value, float64 `[M]`; None without."""
+        device = self._views.stacked[0].device
+        norm, value = self.clip_grad_norm, self.clip_grad_value
+        return (
+            None if norm is None else self._limits(norm, device),
+            None if value is None else self._limits(value, device),
+        )
 
     def _gradients(self, call: _Call) -> list[Tensor]:
         grads = []

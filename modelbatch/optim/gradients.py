@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..change import Change
 from ..errors import ModelBatchError
 
 __all__ = ["GradientViews"]
@@ -75,6 +76,7 @@ class GradientViews:
             for name, parameter in stacked.items()
         ]
         self._entry_of = {id(entry.stacked): entry for entry in self._entries}
+        self._names = list(stacked)
         #: The stacked parameters, `[M, *shape]` each.
         self.stacked: list[nn.Parameter] = [entry.stacked for entry in self._entries]
         #: For every stacked parameter the M models' own.
@@ -204,6 +206,26 @@ class GradientViews:
             else:
                 entry.grad = None
         if shown and not set_to_none:
+            self.refresh()
+
+    def models_changed(self, change: Change) -> None:
+        """Follows a bundle whose models, and stacked parameters, have changed."""
+        shown, removed = self.shown, set(change.removed)
+        named = {slot: dict(model.named_parameters()) for slot, model in change.models.items()}
+        for entry, name in zip(self._entries, self._names, strict=True):
+            if entry.grad is not None:
+                for i, param in enumerate(entry.params):
+                    if i not in removed:  # these have a copy of their own by now
+                        param.grad = None
+            entry.grad, entry.slices, entry.kept = None, (), None
+            fresh = {slot: own[name] for slot, own in named.items()}
+            entry.params[:] = change.pick(list(entry.params), fresh.__getitem__)
+        self.params[:] = change.pick(list(self.params), lambda slot: list(named[slot].values()))
+        self.num_models = change.num_models
+        self._lost = frozenset(change.renumber(self._lost))
+        self._excluded = ()
+        self._bound_active = (True,) * self.num_models
+        if shown:
             self.refresh()
 
     def nonfinite_models(self) -> list[int]:

@@ -39,6 +39,12 @@ class ModelGroup(dict[str, Any]):
         self._changed = changed
         self._show_gradients = show_gradients
 
+    def move(
+        self, index: int, changed: set[tuple[int, str]], show_gradients: Callable[[], None]
+    ) -> None:
+        """Be the group of another slot, or of none."""
+        self._index, self._changed, self._show_gradients = index, changed, show_gradients
+
     def __getitem__(self, option: str) -> Any:
         if option == "params":
             self._show_gradients()
@@ -99,13 +105,22 @@ class HyperTable:
         self._rows: dict[str, list[int]] = {}
         for k, row in enumerate(rule.rows):
             self._rows.setdefault(option_of(row)[0], []).append(k)
-        self._host = torch.zeros(len(rule.rows), num_models, dtype=torch.float64)
+        self._resize(num_models)
+        #: (model, option) pairs written since the last `refresh`; groups add to it.
+        self.changed: set[tuple[int, str]] = set()
+
+    def _resize(self, num_models: int) -> None:
+        self._host = torch.zeros(len(self._rule.rows), num_models, dtype=torch.float64)
         self._numbers = self._host.numpy()
         self._matrix = self._host
         self._unwatched: dict[tuple[int, str], Any] = {}
         self._rates: list[float] | None = None
-        #: (model, option) pairs written since the last `refresh`; groups add to it.
-        self.changed: set[tuple[int, str]] = set()
+
+    def models_changed(self, groups: list[dict[str, Any]]) -> None:
+        """Pack the numbers of other models at the next refresh."""
+        self._resize(len(groups))
+        self.changed.clear()
+        self.fill(groups)
 
     @property
     def matrix(self) -> Tensor:

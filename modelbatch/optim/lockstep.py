@@ -4,17 +4,19 @@ import contextlib
 import contextvars
 import queue
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
+from ..change import Change
 from ..errors import ModelBatchError
 from .base import PerModelOptimizer, unhooked_step
 from .configs import stock_optimizer
 from .gradients import GradientViews
+from .joining import Joining
 
 __all__ = ["LockstepLBFGS"]
 
@@ -112,6 +114,19 @@ class LockstepLBFGS(PerModelOptimizer):
                 "; ".join(f"model {s.index}: {s.name}: {s.error}" for s in failed)
             ) from failed[0].error
         return first
+
+    def check_models_change(self, change: Change) -> None:  # noqa: D102 - inherited
+        if any(self._evaluating):
+            raise ModelBatchError("the models cannot change while LBFGS searches")
+        super().check_models_change(change)
+
+    def _change_state(
+        self, change: Change, joining: Joining, left: Sequence[Sequence[nn.Parameter]]
+    ) -> None:
+        super()._change_state(change, joining, left)
+        self._optimizers = change.pick(self._optimizers, joining.stocks.__getitem__)
+        self._evaluating = (False,) * change.num_models
+        self._share_state()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -21,22 +21,32 @@ class OneModelOptimizer(Optimizer):
     Args:
         optimizer: the bundle's optimizer, whose group this is.
         i: the model's index.
+        group: of a model that is about to join; the optimizer's own group otherwise.
     """
 
     # Torch's own constructor is not called: the group and the state are the bundle's.
-    def __init__(self, optimizer: PerModelOptimizer, i: int) -> None:
+    def __init__(
+        self, optimizer: PerModelOptimizer, i: int, group: dict[str, Any] | None = None
+    ) -> None:
         self._bundle = optimizer
         self._index = i
-        group = self.param_groups[0]
+        self._joining = group
+        own = self.param_groups[0]
         self.defaults = {
-            option: group.get(option, default) for option, default in optimizer.defaults.items()
+            option: own.get(option, default) for option, default in optimizer.defaults.items()
         }
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
         """The group itself, no copy; read anew, for loading a state dict replaces it."""
+        if self._joining is not None:
+            return [self._joining]
         # Past the property of the bundle's optimizer, which looks at the gradients of all models.
         return [self._bundle.__dict__["param_groups"][self._index]]
+
+    def move(self, i: int) -> None:
+        """Be that of the model in another slot."""
+        self._index, self._joining = i, None
 
     @property
     def state(self) -> dict[Tensor, Any]:  # type: ignore[override]

@@ -10,6 +10,7 @@ from torch.amp.grad_scaler import OptState, _refresh_per_optimizer_state
 from torch.optim import Optimizer
 
 from .. import loss
+from ..change import Change
 from ..errors import ModelBatchError
 from .base import PerModelOptimizer
 from .clip import nonfinite, scale_slices_
@@ -75,6 +76,7 @@ class BundleGradScaler(torch.amp.GradScaler):
             growth_interval=growth_interval,
             enabled=enabled,
         )
+        self._fresh_scale = init_scale
 
     # ---- one iteration
 
@@ -120,7 +122,9 @@ class BundleGradScaler(torch.amp.GradScaler):
             ValueError: the gradients are float16; as in torch, so must parameters be wider.
         """
         if self._enabled:
-            _check_optimizer(optimizer)
+            own = _check_optimizer(optimizer)
+            if own._followers is not None:
+                own._followers.add(self)
         super().unscale_(optimizer)
 
     def step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
@@ -142,7 +146,10 @@ class BundleGradScaler(torch.amp.GradScaler):
             return optimizer.step(*args, **kwargs)
         if any(argument is not None for argument in (*args, *kwargs.values())):
             raise RuntimeError(_NO_CLOSURE)
-        views = _check_optimizer(optimizer)._views
+        own_optimizer = _check_optimizer(optimizer)
+        views = own_optimizer._views
+        if own_optimizer._followers is not None:
+            own_optimizer._followers.add(self)
         if isinstance(optimizer, LockstepLBFGS):
             raise RuntimeError(f"{_NO_CLOSURE} LBFGS needs one.")
         scale, _ = self._check_scale_growth_tracker("step")
@@ -288,6 +295,25 @@ class BundleGradScaler(torch.amp.GradScaler):
             new_tracker = torch.where(mine, new_tracker, tracker)
         scale.copy_(new_scale)
         tracker.copy_(new_tracker)
+
+    # ---- models that come and go
+
+    def models_changed(self, change: Change) -> None:
+        """Follows a bundle whose models have changed; a fresh one has the scale of the start."""
+        starts = (("_init_scale", self._fresh_scale), ("_init_growth_tracker", 0))
+        for name, fresh in starts:
+            start = getattr(self, name)
+            if isinstance(start, list):
+                setattr(self, name, change.pick(start, [fresh] * change.num_models))
+        if self._scale is not None and len(self._scale) == change.old_num_models:
+            self._scale = change.rows(self._scale, self._fresh_scale)
+            self._growth_tracker = change.rows(cast(Tensor, self._growth_tracker))
+        for state in self._per_optimizer_states.values():
+            found = state["found_inf_per_device"]
+            for device, flags in found.items():
+                found[device] = change.rows(flags)
+            if "active" in state:  # a fresh model had no part in this step
+                state["active"] = change.pick(state["active"], lambda slot: False)
 
     # ---- state
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from ..change import Change
 from ..errors import ModelBatchError
 from .base import PerModelOptimizer
 from .one_model import OneModelOptimizer, kept_group, put_back, track_steps
@@ -60,14 +61,16 @@ def create_lr_scheduler(
     patched = "step" in optimizer.__dict__
     try:
         track_steps(optimizer)
-        schedulers = [_build(optimizer, i, *builds[i]) for i in range(len(groups))]
+        schedulers = [
+            _build(OneModelOptimizer(optimizer, i), i, *builds[i]) for i in range(len(groups))
+        ]
     except BaseException:
         for group, before in zip(groups, kept):
             put_back(group, before)
         if not patched:
             optimizer.__dict__.pop("step", None)
         raise
-    return PerModelLRScheduler(optimizer, schedulers)
+    return PerModelLRScheduler(optimizer, schedulers, builds)
 
 
 class PerModelLRScheduler(LRScheduler):
@@ -81,20 +84,33 @@ class PerModelLRScheduler(LRScheduler):
         optimizer: the bundle's optimizer.
         schedulers: the M schedulers. Model i's is what it would be alone.
         last_epoch: the number of steps so far; that of a model which was never frozen.
+        build_new: `build(optimizer_i, i)`, the schedule of a model that joins the bundle, which
+            begins at its start; by default the one that all models have. Where they differ it is
+            None: a model that replaces another then begins the schedule of that one, and `append`
+            is refused until this is set.
     """
 
     optimizer: PerModelOptimizer
     schedulers: list[LRScheduler]
+    build_new: _Build | None
 
     # Torch's own constructor is not called: it would take a step of a schedule that is none.
-    def __init__(self, optimizer: PerModelOptimizer, schedulers: list[LRScheduler]) -> None:
+    def __init__(
+        self,
+        optimizer: PerModelOptimizer,
+        schedulers: list[LRScheduler],
+        builds: list[tuple[str, _Build]],
+    ) -> None:
         self.optimizer = optimizer
         self.schedulers = schedulers
+        self._builds = builds
+        same = all(build is builds[0][1] for _, build in builds)
+        self.build_new = builds[0][1] if same else None
+        if optimizer._followers is not None:
+            optimizer._followers.add(self)
         # ChainedScheduler counts nothing.
         self.last_epoch = max(getattr(scheduler, "last_epoch", 0) for scheduler in schedulers)
-        self._takes_metrics = [
-            "metrics" in inspect.signature(scheduler.step).parameters for scheduler in schedulers
-        ]
+        self._takes_metrics = [_takes_metrics(scheduler) for scheduler in schedulers]
         self._begun = False
 
     def step(self, metrics: Any = None) -> None:
@@ -226,6 +242,66 @@ class PerModelLRScheduler(LRScheduler):
                 raise ModelBatchError(f"model {i}: the metric is no number: {error}") from error
         return values
 
+    # ---- models that come and go
+
+    def restart(self, i: int, build: _Build | None = None) -> None:
+        """Begins the schedule of model i anew, from the learning rate that it began with.
+
+        Args:
+            i: the model's index; a negative one counts from the end.
+            build: `build(optimizer_i, i)` for another schedule than before.
+
+        Raises:
+            ModelBatchError: no such model, or no scheduler came of it; nothing has changed then.
+        """
+        i = self.optimizer._model_index(i)
+        name, own = self._builds[i] if build is None else ("build", build)
+        group = self.optimizer.__dict__["param_groups"][i]
+        before = kept_group(group)
+        try:
+            if "initial_lr" in group:
+                group["lr"] = group.pop("initial_lr")
+            scheduler = _build(OneModelOptimizer(self.optimizer, i), i, name, own)
+        except BaseException:
+            put_back(group, before)
+            raise
+        self.schedulers[i], self._builds[i] = scheduler, (name, own)
+        self._takes_metrics[i] = _takes_metrics(scheduler)
+
+    def check_models_change(self, change: Change) -> None:
+        """Builds the schedules of models that are about to join.
+
+        Raises:
+            ModelBatchError: what they are is not known, or cannot be built.
+        """
+        notes: dict[int, tuple[tuple[str, _Build], LRScheduler]] = {}
+        joining = change.notes[id(self.optimizer)]
+        for slot in change.fresh:
+            old = change.replaced(slot)
+            if self.build_new is not None:
+                known = self._builds[0] if self._builds[0][1] is self.build_new else None
+                build = known or ("build_new", self.build_new)
+            elif old is not None:
+                build = self._builds[old]
+            else:
+                raise ModelBatchError(
+                    f"model {slot} (new): the models' learning rate schedules differ, so say which "
+                    "one it has: scheduler.build_new = lambda optimizer, i: ..."
+                )
+            own = OneModelOptimizer(self.optimizer, slot, joining.groups[slot])
+            notes[slot] = (build, _build(own, slot, *build))
+        change.notes[id(self)] = notes
+
+    def models_changed(self, change: Change) -> None:
+        """Follows a bundle whose models have changed."""
+        notes = change.notes[id(self)]
+        self.schedulers[:] = change.pick(list(self.schedulers), lambda slot: notes[slot][1])
+        self._builds = change.pick(self._builds, lambda slot: notes[slot][0])
+        self._takes_metrics = [_takes_metrics(scheduler) for scheduler in self.schedulers]
+        for slot, scheduler in enumerate(self.schedulers):
+            own: Any = scheduler.optimizer
+            own.move(slot)
+
     def _no_member(self) -> NoReturn:
         raise ModelBatchError(
             "a per-model scheduler cannot be a member of SequentialLR; chain the schedulers of "
@@ -237,6 +313,10 @@ class PerModelLRScheduler(LRScheduler):
 
     def _update_lr(self, epoch: int | None = None) -> NoReturn:
         self._no_member()
+
+
+def _takes_metrics(scheduler: LRScheduler) -> bool:
+    return "metrics" in inspect.signature(scheduler.step).parameters
 
 
 # ---- building
@@ -273,17 +353,28 @@ def _builds(num_models: int, scheduler: Any, configs: Any) -> list[tuple[str, Ca
     for i, config in enumerate(options):
         if config is not None and not isinstance(config, Mapping):
             raise ModelBatchError(f"model {i}: its config must be a dict, got {config!r}")
-    return [(cls.__name__, _from_class(cls, config or {})) for cls, config in zip(classes, options)]
+    builds: list[tuple[str, Callable[..., Any]]] = []
+    for cls, config in zip(classes, options):
+        # one and the same where all are equal, so that it is known what a further model's is
+        same = bool(builds) and _same(classes[0], options[0], cls, config)
+        builds.append((cls.__name__, builds[0][1] if same else _from_class(cls, config or {})))
+    return builds
+
+
+def _same(cls: Any, config: Any, other_cls: Any, other: Any) -> bool:
+    if cls is not other_cls:
+        return False
+    try:
+        return config is other or bool((config or {}) == (other or {}))
+    except Exception:  # tensors and arrays have no yes-or-no comparison
+        return False
 
 
 def _from_class(cls: type[LRScheduler], config: Mapping[str, Any]) -> _Build:
     return lambda optimizer, i: cls(optimizer, **config)
 
 
-def _build(
-    optimizer: PerModelOptimizer, i: int, name: str, build: Callable[..., Any]
-) -> LRScheduler:
-    own = OneModelOptimizer(optimizer, i)
+def _build(own: OneModelOptimizer, i: int, name: str, build: Callable[..., Any]) -> LRScheduler:
     try:
         scheduler = build(own, i)
     except Exception as error:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..change import Change
 from ..errors import ModelBatchError
 from .rules import Rule
 
@@ -68,6 +69,20 @@ class Entry:
                 row.fill_(value)
         self.states[which] = state
 
+    def models_changed(
+        self, change: Change, first: Sequence[float] | None, numbers: list[Tensor]
+    ) -> None:
+        """Carry the states over to the models after a change.
+
+        Args:
+            change: what has changed.
+            first: the initial values of all models' states, None for zero.
+            numbers: this entry's numbers after it, which entries that share them share again.
+        """
+        fill: Any = 0 if first is None else list(first)
+        self.states = [None if state is None else change.rows(state, fill) for state in self.states]
+        self.numbers = numbers
+
     def follow(self) -> None:
         """Take note of a parameter that was moved or got another dtype, and move the state too."""
         device = self.stacked.device
@@ -109,6 +124,10 @@ class StateViews(MutableMapping[Tensor, dict[str, Any]]):
         self._entries = entries
         self._groups = groups
         self._changed = changed
+        self.place(params)
+
+    def place(self, params: Sequence[Sequence[nn.Parameter]]) -> None:
+        """Know where the models' parameters are, `params[k][i]` being row i of entry k."""
         self._place: dict[Tensor, tuple[int, int]] = {
             param: (i, k) for k, rows in enumerate(params) for i, param in enumerate(rows)
         }

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
+from ..change import Change
 from ..errors import BatchingError, FallbackWarning, ModelBatchError
 from ..fallback import users_stacklevel
 from .adafactor import AdafactorStep
@@ -15,6 +16,7 @@ from .base import PerModelOptimizer, mixed_class, unhooked_step
 from .clip import clip_factor, grad_stats, scale_slices_
 from .configs import separate_tensors, stock_optimizer
 from .gradients import GradientViews
+from .joining import Joining
 from .lockstep import LockstepLBFGS
 
 __all__ = ["ViewOptimizer", "announce", "build_view_optimizer"]
@@ -172,6 +174,12 @@ class ViewOptimizer(PerModelOptimizer):
         self, i: int, state_dict: Mapping[str, Any]
     ) -> None:
         super().load_model_state_dict(i, state_dict)
+        self._forget()
+
+    def _change_state(
+        self, change: Change, joining: Joining, left: Sequence[Sequence[nn.Parameter]]
+    ) -> None:
+        super()._change_state(change, joining, left)
         self._forget()
 
     def _forget(self) -> None:

@@ -62,6 +62,8 @@ class Loop:
                 for event.batch, (x, y) in enumerate(self.batches):
                     event.losses = self.mb.train_step(x, y, loss_fn=Square())
                     event.step += 1
+                    if len(total) != len(self.mb):  # a callback has removed models
+                        total = torch.zeros(len(self.mb))
                     total += event.losses
                     self.losses.append(event.losses.tolist())
                     if self.poison is not None:

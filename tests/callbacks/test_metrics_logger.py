@@ -70,7 +70,7 @@ def test_float64_keeps_all_digits(tmp_path: Path) -> None:
     values = torch.rand(4, dtype=torch.float64) * 10.0 ** torch.arange(-200.0, 200, 100).double()
     for suffix in ("csv", "jsonl"):
         path = tmp_path / f"a.{suffix}"
-        file = TableFile(path, suffix, ["x%s"], 4, None, 0.0)
+        file = TableFile(path, suffix, ["x%s"], range(4), None, 0.0)
         file.add_row(("step", 0, 1), {"x%s": values}, None)
         file.close()
         (row,) = read_csv(path) if suffix == "csv" else read_jsonl(path)

@@ -240,22 +240,24 @@ def test_a_torch_optimizer_on_the_stack_is_cleared_too(loop: Any) -> None:
         assert not state["exp_avg"][0].any() and state["exp_avg"][1].any()
 
 
-def test_prune_says_what_is_missing(loop: Any) -> None:
-    run = loop([0.01] * 2, [NaNCallback("prune")])
-    with pytest.raises(ModelBatchError, match='"prune".*use "freeze"'):
-        run.run(1)
-    assert run.event.step == 0
-
-
 def test_prune_removes_the_bad_models(loop: Any, rates: list[float]) -> None:
-    removed: list[list[int]] = []
     run = loop(rates, [NaNCallback("prune")])
-    # what the bundle's own method will be called with
-    object.__setattr__(
-        run.mb, "prune", lambda models: (removed.append(models), run.mb.freeze(models))
-    )
     run.run(4)
-    assert removed[0] == [] and sorted(i for models in removed for i in models) == BAD
+    good = [i for i in range(len(rates)) if i not in BAD]
+    assert run.mb.model_ids == good and run.mb.active.all()
+    only = loop([rates[i] for i in good], [])
+    only.batches = run.batches
+    for own, i in zip(only.mb.models, good):
+        own.load_state_dict(loop(rates, []).mb[i].state_dict())
+    only.run(4)
+    for a, b in zip(run.mb.parameters(), only.mb.parameters()):
+        assert torch.equal(a, b)
+
+
+def test_when_all_are_bad_they_are_frozen(loop: Any) -> None:
+    run = loop([1e30] * 2, [NaNCallback("prune")])
+    run.run(8)
+    assert len(run.mb) >= 1 and not run.mb.active.any() and run.event.stop
 
 
 def test_overflows_are_the_scalers_to_deal_with(loop: Any) -> None:
