@@ -28,8 +28,8 @@ static char* write_text(char* out, const char* text) {
 }
 
 static char* write_digits(char* out, const char* digits, int count) {
-  if (count > 0) memcpy(out, digits, (size_t)count);
-  return out + (count > 0 ? count : 0);
+  for (int i = 0; i < count; ++i) *out++ = digits[i];
+  return out;
 }
 
 static char* write_exponent(char* out, int exponent) {
@@ -49,10 +49,12 @@ char* mb_write_f32(char* out, float value) {
   if (size == 0.0) return write_text(out, "0");
 
   /* Of 2^binary <= size < 2^(binary + 1) follows the decimal exponent, up to one. */
-  const int binary = ilogb(size);
-  int exponent = (int)floor(binary * 0.30102999566398120);
+  uint64_t bits;
+  memcpy(&bits, &size, sizeof bits); /* no float32 is denormal as a double */
+  const int binary = (int)(bits >> 52) - 1023;
+  int exponent = (binary * 78913) >> 18; /* floor(binary log10(2)) */
   if (scaled(size, -exponent) >= 10.0) ++exponent;
-  int64_t number = llrint(scaled(size, DIGITS - 1 - exponent));
+  uint32_t number = (uint32_t)llrint(scaled(size, DIGITS - 1 - exponent));
   if (number >= 1000000000) { /* 9.999999999 was rounded up */
     number = 100000000;
     ++exponent;

@@ -107,7 +107,9 @@ class NaNCallback(Callback):
     def on_train_step(self, event: Event) -> None:
         """Look at the models and act."""
         if event.step % self.interval == 0:
-            self._look(event)
+            status = event.mb._engine.status
+            if status is None or self.action == "reset" or status.any():
+                self._look(event)
 
     @torch.no_grad()
     def _look(self, event: Event) -> None:

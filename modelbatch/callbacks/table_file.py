@@ -164,8 +164,8 @@ class TableFile:
             ModelBatchError: the bundle has another number of models than the file.
         """
         for name, vector in vectors.items():
-            self._check_length(name, len(vector))
-        if rates is not None:
+            self._check_length(name, vector.shape[0])
+        if rates is not None and rates is not self._rates:
             self._check_length("lr", len(rates))
             if rates == self._rates:  # they seldom change
                 rates = self._rates
