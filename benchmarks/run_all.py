@@ -10,6 +10,7 @@ PROGRAMS = (
     ["bench_optim.py"],
     ["callbacks.py"],
     ["bench_rnn.py"],
+    ["bench_step.py"],
     ["conv.py", "--output", str(HERE / "results" / "conv.json")],
     ["conv.py", "--keep-memory", "--output", str(HERE / "results" / "conv_keep_memory.json")],
 )

@@ -80,7 +80,7 @@ def argument(mb: "Steps", given: Any) -> tuple[Tensor, bool, str | None] | None:
 def arguments(mb: "Steps", x: Any, y: Any) -> Arguments | None:
     """What `train_step` was given, as far as it is one tensor each."""
     found_x = argument(mb, x)
-    found_y = argument(mb, y) if isinstance(y, Tensor | _Marked) else None
+    found_y = argument(mb, y) if type(y) is Tensor or isinstance(y, _Marked) else None
     if found_x is None or found_y is None:
         return None
     return Arguments(*found_x, *found_y[:2])

@@ -282,7 +282,7 @@ class Engine:
             optimizer.last_grad_norms = norms[-1]
         if made:
             mb._without_samples = frozenset(i for i, n in enumerate(made[-1].used) if n == 0)
-        mb._latest_losses = losses[-1]
+        mb.__dict__["_latest_losses"] = losses[-1]  # nn.Module's own way takes microseconds
         return losses
 
     def _clear(self, mb: "Steps", optimizer: Any) -> None:

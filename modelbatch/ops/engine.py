@@ -66,11 +66,15 @@ def train_steps_(
     Raises:
         RuntimeError: arguments that do not fit; nothing has been changed then.
     """
-    with torch.no_grad():
+    was_enabled = torch.is_grad_enabled()
+    torch._C._set_grad_enabled(False)  # what torch.no_grad() does, in a tenth of its time
+    try:
         result: tuple[Tensor, Tensor, Tensor] = _train_steps_(
             params, buffers, states, step, x, target, sample_weight, program, numbers, hyper, lr,
             active, clip_norm, clip_value, seed, stream_step, rule, flags,
         )  # fmt: skip
+    finally:
+        torch._C._set_grad_enabled(was_enabled)
     # The operator writes below autograd, which must learn that saved tensors changed.
     increment_version([*params, *buffers])
     return result
