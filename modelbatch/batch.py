@@ -121,7 +121,7 @@ class ModelBatch(Steps):
         self._active_tensor: Tensor | None = None
         self._latest_losses: Tensor | None = None
         self._looped_losses: set[Any] = set()
-        self._compiled: Compiled | None = None
+        self._compiler: Compiled | None = None
         self._engine = Engine()
         self._optimizer: Optimizer | None = None
         self._recipe = None
@@ -198,13 +198,20 @@ class ModelBatch(Steps):
         """
         leaves, spec = flatten_call(args, kwargs)
         values, batched = resolve(leaves, not self.shared_input, self.num_models, "input")
-        if self._compiled is not None:
-            return self._compiled.forward(values, batched, spec, self._active_tensor)
+        if self._compiler is not None:
+            return self._compiler.forward(values, batched, spec, self._active_tensor)
         return self._forward.run(values, batched, spec, self._active_tensor)
 
     def _forward_of(self, x: Any) -> Any:
         args, kwargs = _as_call(x)
         return self(*args, **kwargs)
+
+    def _compiled_step(
+        self, x: Any, y: Any, loss_fn: Callable[..., Tensor], sample_weight: Any
+    ) -> Tensor | None:
+        if self._compiler is None:
+            return None
+        return self._compiler.whole_step.step(_as_call(x), y, loss_fn, sample_weight)
 
     # ---- loss
 
@@ -251,7 +258,7 @@ class ModelBatch(Steps):
     def _losses(
         self, outputs: Any, targets: Any, loss_fn: Callable[..., Tensor], sample_weight: Any
     ) -> Tensor:
-        if sample_weight is None and self._compiled is None:
+        if sample_weight is None and self._compiler is None:
             losses = self._class_losses(outputs, targets, loss_fn)
             if losses is not None:
                 return losses
@@ -273,8 +280,8 @@ class ModelBatch(Steps):
         run = loss.loss_for_weights(loss_fn, sample_weight is not None)
         if loss_fn in self._looped_losses:
             return loss.losses_one_by_one(run, values, batched, spec, self.num_models)
-        if self._compiled is not None:
-            return self._compiled.losses(run, loss_fn, values, batched, spec)
+        if self._compiler is not None:
+            return self._compiler.losses(run, loss_fn, values, batched, spec)
         return self._batched_losses(run, loss_fn, values, batched, spec)
 
     def _class_losses(
@@ -345,7 +352,10 @@ class ModelBatch(Steps):
         """How each operation of the forward is computed for these arguments; changes nothing."""
         leaves, spec = flatten_call(args, kwargs)
         values, batched = resolve(leaves, not self.shared_input, self.num_models, "input")
-        report = Report(self.num_models, step_path(self, args, kwargs))
+        path = step_path(self, args, kwargs)
+        if self._compiler is not None:
+            path = self._compiler.whole_step.explained(path)
+        report = Report(self.num_models, path)
         self._forward.explain(report, values, batched, spec)
         return report
 
@@ -356,7 +366,12 @@ class ModelBatch(Steps):
         self._forward.explain(report, values, batched, spec)
 
     def enable_compile(self, **torch_compile_kwargs: Any) -> "ModelBatch":
-        """Run forward and loss through `torch.compile`.
+        """Run training steps, and else forward and loss, through `torch.compile`.
+
+        `train_step` becomes one graph of forward, loss, backward and optimizer wherever the engine
+        does not take the step, which is faster still. What cannot be compiled as a whole, and calls
+        of the bundle, get one graph for the forward and one for the loss. Compiling takes seconds
+        for each shape of the inputs; `explain` and the logger `modelbatch` tell how many.
 
         Args:
             **torch_compile_kwargs: handed to `torch.compile`.
@@ -364,7 +379,7 @@ class ModelBatch(Steps):
         Raises:
             ModelBatchError: with `rng="torch"`, whose draws cannot be compiled.
         """
-        self._compiled = Compiled(self, torch_compile_kwargs)
+        self._compiler = Compiled(self, torch_compile_kwargs)
         return self
 
     # ---- models that come and go
@@ -374,8 +389,8 @@ class ModelBatch(Steps):
         if self._latest_losses is not None:
             self._latest_losses = change.rows(self._latest_losses, torch.nan)
         self._without_samples = frozenset(change.renumber(self._without_samples))
-        if self._compiled is not None:
-            self._compiled.graphs.clear()
+        if self._compiler is not None:
+            self._compiler.clear()
         self._engine.nothing()
         self._engine.forget()
 

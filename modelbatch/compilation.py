@@ -1,4 +1,4 @@
-"""Forward and loss of a bundle through `torch.compile`.
+"""Forward and loss of a bundle through `torch.compile`; whole steps are in `compiled_step`.
 
 What a bundle does in one forward (rules, vmap, per-model numbers) is first traced into one plain
 graph over the stacked tensors, with the random streams' positions as inputs; that graph is what
@@ -6,65 +6,22 @@ graph over the stacked tensors, with the random streams' positions as inputs; th
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from . import loss
+from .compiled_step import CompiledStep
 from .errors import BatchingError, FallbackWarning, ModelBatchError
 from .fallback import users_stacklevel
-from .forward import Forward
 from .pytree import Spec, unflatten
-from .random import Streams
-from .stack import Stack
-from .structure import Slot
 from .substitute import Call, NeedsBatchedFactories
+from .traced import TracedForward, TracedStack, described, trace
 
 if TYPE_CHECKING:
     from .batch import ModelBatch
-
-
-class _TracedStack:
-    """Stands in for a bundle's stack while its forward is traced."""
-
-    def __init__(self, stack: Stack, tensors: Sequence[Tensor]):
-        self.models, self.modules = stack.models, stack.modules
-        self.num_models, self.structure, self.slots = stack.num_models, stack.structure, stack.slots
-        self._tensors = {slot.name: tensor for slot, tensor in zip(stack.slots, tensors)}
-
-    def tensor(self, slot: Slot) -> Tensor:
-        return self._tensors[slot.name]
-
-    def replace_buffer(self, slot: Slot, tensor: Tensor) -> None:
-        old = self.tensor(slot)
-        if old.shape != tensor.shape or old.dtype != tensor.dtype:
-            raise BatchingError(f"buffer '{slot.name}' changes its shape or dtype in the forward")
-        old.copy_(tensor)
-
-    def add_buffer(self, index: int, attribute: str, tensor: Tensor) -> None:
-        raise BatchingError(f"buffer '{attribute}' is created in the forward")
-
-
-class _TracedForward(Forward):
-    """A forward that is traced, not run: it may not leave anything behind in Python."""
-
-    def _spread(self, call: Call, index: int, name: str, value: Any) -> None:
-        raise BatchingError(f"the forward sets the attribute '{name}'")
-
-    def _call(self, num_models: int, level: int | None, streams: Streams, check: bool) -> Call:
-        call = super()._call(num_models, level, streams, False)
-        call.grad_memory = None
-        call.trace()
-        return call
-
-
-def _trace(function: Callable[..., Any]) -> Callable[..., Any]:
-    # an empty table keeps detach() in the graph; the default one drops it, and gradients with it
-    traced: Callable[..., Any] = make_fx(function, {}, tracing_mode="fake")
-    return traced
 
 
 class _Graph:
@@ -108,6 +65,17 @@ class Compiled:
         self.bundle = bundle
         self.options = options
         self.graphs: dict[Any, _Graph | None] = {}
+        self.whole_step = CompiledStep(bundle, options)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # graphs belong to their bundle and cannot be copied, so a copy makes its own
+        whole_step = CompiledStep(self.bundle, self.options)
+        return {**self.__dict__, "graphs": {}, "whole_step": whole_step}
+
+    def clear(self) -> None:
+        """Make all graphs anew."""
+        self.graphs.clear()
+        self.whole_step.clear()
 
     def forward(
         self, values: list[Any], batched: list[bool], spec: Spec, active: Tensor | None
@@ -157,15 +125,7 @@ class Compiled:
     # ---- tracing
 
     def _key(self, values: list[Any], batched: list[bool], spec: Spec) -> tuple[Any, ...]:
-        described = tuple(
-            (tuple(v.shape), v.dtype, v.device, v.requires_grad, v.stride())
-            if isinstance(v, Tensor)
-            else (type(v), repr(v))
-            for v in values
-        )
-        device = self.bundle._streams.device.type
-        autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-        return described, tuple(batched), repr(spec.spec), torch.is_grad_enabled(), autocast
+        return described(values, batched, spec, self.bundle._streams.device)
 
     def _attempt(self, trace: Callable[[], _Graph]) -> _Graph | None:
         try:
@@ -191,8 +151,8 @@ class Compiled:
 
         def core(tensors: list[Tensor], inputs: list[Tensor], seed: Tensor, step: Tensor) -> Any:
             traced_streams = streams.traced(seed, step)
-            forward = _TracedForward(
-                _TracedStack(stack, tensors),  # type: ignore[arg-type]
+            forward = TracedForward(
+                TracedStack(stack, tensors),  # type: ignore[arg-type]
                 traced_streams,
                 bundle._forward.fallback,
                 None,
@@ -217,10 +177,10 @@ class Compiled:
             streams.step,
         )
         try:
-            graph = _trace(core)(*arguments)
+            graph = trace(core)(*arguments)
         except NeedsBatchedFactories:
             found["batched_factories"] = True
-            graph = _trace(core)(*arguments)
+            graph = trace(core)(*arguments)
         run = torch.compile(graph, **self.options)
         return _Graph(run, found["spec"], found["constants"], found["draws"])
 
@@ -245,5 +205,5 @@ class Compiled:
             for value in values
             if isinstance(value, Tensor)
         ]
-        graph = _trace(core)(tensors)
+        graph = trace(core)(tensors)
         return _Graph(torch.compile(graph, **self.options), None, [_TENSOR], 0)

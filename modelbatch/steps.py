@@ -22,7 +22,7 @@ class Steps(Bundle):
 
     shared_input: bool
     _latest_losses: Tensor | None
-    _compiled: Any
+    _compiler: Any
     _engine: Engine
     _without_samples: frozenset[int] = frozenset()
     """The models that had no sample in the last `train_step`."""
@@ -34,6 +34,11 @@ class Steps(Bundle):
         raise NotImplementedError
 
     def _forward_of(self, x: Any) -> Any:
+        raise NotImplementedError
+
+    def _compiled_step(
+        self, x: Any, y: Any, loss_fn: Callable[..., Tensor], sample_weight: Any
+    ) -> Tensor | None:
         raise NotImplementedError
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -275,6 +280,10 @@ class Steps(Bundle):
         sample_weight: Any,
         amp_dtype: torch.dtype | None,
     ) -> Tensor:
+        if self._compiler is not None and amp_dtype is None:
+            losses = self._compiled_step(x, y, loss_fn, sample_weight)
+            if losses is not None:
+                return losses
         with self._autocast(amp_dtype):
             outputs = self._forward_of(x)
             try:
@@ -292,6 +301,8 @@ class Steps(Bundle):
             scaler.scale(total).backward()
             scaler.step(self._optimizer)
             scaler.update()
+        if self._compiler is not None:
+            self._compiler.whole_step.general_path_done()
         assert self._latest_losses is not None
         return self._latest_losses
 

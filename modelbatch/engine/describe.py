@@ -17,8 +17,6 @@ __all__ = ["step_path"]
 
 def step_path(mb: "Steps", args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     """How `train_step` would run on such an input; a loss that the engine knows is assumed."""
-    if mb._compiled is not None:
-        return "compiled"
     why = _why_not(mb, args, kwargs)
     if why is None:
         return "engine: whole steps in one call, with the losses that it knows"

@@ -119,8 +119,6 @@ class Watch:
 
 def obstacle(mb: "Steps") -> str | None:
     """What stands against the engine in this step, in words; None if nothing does."""
-    if mb._compiled is not None:
-        return "the bundle is compiled"
     if mb._grad_scaler is not None:
         return "a gradient scaler"
     if mb._forward.weights is not None:

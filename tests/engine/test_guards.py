@@ -136,8 +136,7 @@ def test_modes() -> None:
     bundle.enable_engine()
     _assert_engine(bundle)
     bundle.enable_compile(backend="eager")
-    assert not by_engine(bundle) or bundle.train_step(X, Y) is not None
-    assert bundle.explain(X).step_path == "compiled"
+    _assert_engine(bundle)  # which is faster still
 
 
 def test_arguments() -> None:
