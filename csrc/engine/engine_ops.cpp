@@ -10,7 +10,7 @@
 
 #include "common/dispatch.h"
 #include "engine/engine_batches.h"
-#include "optim/rules.h"
+#include "optim/coefficients.h"
 
 MB_DECLARE_TABLE(mb_engine_kernels)
 MB_DECLARE_TABLE(mb_optim_kernels)
@@ -25,25 +25,6 @@ constexpr int64_t kRounds = 8;
 constexpr int64_t kGrain = 16384;
 
 // ---- the optimizer's coefficients ---------------------------------------------------------------
-
-union Coefficients {
-  mb_sgd_f32 sgd_f32;
-  mb_sgd_f64 sgd_f64;
-  mb_adam_f32 adam_f32;
-  mb_adam_f64 adam_f64;
-  mb_rmsprop_f32 rmsprop_f32;
-  mb_rmsprop_f64 rmsprop_f64;
-  mb_adagrad_f32 adagrad_f32;
-  mb_adagrad_f64 adagrad_f64;
-  mb_adadelta_f32 adadelta_f32;
-  mb_adadelta_f64 adadelta_f64;
-  mb_adamax_f32 adamax_f32;
-  mb_adamax_f64 adamax_f64;
-  mb_radam_f32 radam_f32;
-  mb_radam_f64 radam_f64;
-  mb_rprop_f32 rprop_f32;
-  mb_rprop_f64 rprop_f64;
-};
 
 // The options of one model in one step and what follows from them.
 class OptimizerStep {
