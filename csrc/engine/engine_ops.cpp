@@ -1,5 +1,6 @@
 // modelbatch::train_steps_ on the CPU: check everything, plan, then models in parallel, each of
 // them through all steps in a row.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -244,6 +245,16 @@ class EngineRun {
   double* grad_norm_;
 };
 
+// A new tensor [rows, columns], by the C shim: torch::stable::empty looks its operator up by name,
+// a microsecond each time.
+Tensor matrix(int64_t rows, int64_t columns, int32_t dtype) {
+  const int64_t sizes[2] = {rows, columns}, strides[2] = {columns, 1};
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(2, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
 std::tuple<Tensor, Tensor, Tensor> train_steps_cpu(
     const std::vector<Tensor>& params, const std::vector<Tensor>& buffers,
     const std::vector<Tensor>& states, const Tensor& step, const Tensor& x, const Tensor& target,
@@ -254,13 +265,16 @@ std::tuple<Tensor, Tensor, Tensor> train_steps_cpu(
   const EngineArgs args = checked_engine_args(
       {params, buffers, states, step, x, target, sample_weight, program, numbers, hyper, lr, active,
        clip_norm, clip_value, seed, stream_step, rule, flags});
-  const std::vector<int64_t> size{args.num_steps, args.num_models};
-  const auto empty = [&](const std::vector<int64_t>& sizes, ScalarType dtype) {
-    return torch::stable::empty(sizes, dtype, std::nullopt, step.device());
-  };
-  EngineResults results{empty(size, args.dtype()), empty(size, ScalarType::Byte),
-                        empty(args.has_flag(MB_ENGINE_GRAD_NORM) ? size : std::vector<int64_t>{0},
-                              ScalarType::Double)};
+  const int64_t steps = args.num_steps, models = args.num_models;
+  EngineResults results{
+      matrix(steps, models,
+             args.is_double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32()),
+      matrix(steps, models, aoti_torch_dtype_uint8()), Tensor()};
+  const std::vector<int64_t> nothing{0};
+  results.grad_norm =
+      args.has_flag(MB_ENGINE_GRAD_NORM)
+          ? matrix(steps, models, aoti_torch_dtype_float64())
+          : torch::stable::empty(nothing, ScalarType::Double, std::nullopt, step.device());
   if (args.num_models > 0 && args.num_steps > 0) EngineRun(args, results).run();
   return {results.losses, results.status, results.grad_norm};
 }
