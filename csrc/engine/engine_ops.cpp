@@ -41,57 +41,8 @@ class OptimizerStep {
       hyper_[row] = args_.hyper[row * args_.num_models + model];
     }
     if (args_.lr != nullptr) hyper_[0] = args_.lr[number * args_.num_models + model];
-    switch (args_.rule->id) {
-      case MB_RULE_SGD: {
-        const mb_sgd_f64 c = mb_sgd_coefficients(hyper_, 1, 0, step);
-        args_.is_double ? void(to_.sgd_f64 = c) : void(to_.sgd_f32 = mb_sgd_round_f32(c));
-        break;
-      }
-      case MB_RULE_ADAM:
-      case MB_RULE_ADAMW: {
-        const double beta1 = hyper_[MB_ADAM_BETA1], beta2 = hyper_[MB_ADAM_BETA2];
-        mb_adam_correction& known = corrections_[number % corrections_.size()];
-        if (known.step != step || known.beta1 != beta1 || known.beta2 != beta2) {
-          known = mb_make_adam_correction(beta1, beta2, step);
-        }
-        const mb_adam_f64 c =
-            mb_adam_coefficients_with(hyper_, 1, 0, &known, args_.rule->id == MB_RULE_ADAMW);
-        args_.is_double ? void(to_.adam_f64 = c) : void(to_.adam_f32 = mb_adam_round_f32(c));
-        break;
-      }
-      case MB_RULE_RMSPROP: {
-        const mb_rmsprop_f64 c = mb_rmsprop_coefficients(hyper_, 1, 0, step);
-        args_.is_double ? void(to_.rmsprop_f64 = c)
-                        : void(to_.rmsprop_f32 = mb_rmsprop_round_f32(c));
-        break;
-      }
-      case MB_RULE_ADAGRAD: {
-        const mb_adagrad_f64 c = mb_adagrad_coefficients(hyper_, 1, 0, step);
-        args_.is_double ? void(to_.adagrad_f64 = c)
-                        : void(to_.adagrad_f32 = mb_adagrad_round_f32(c));
-        break;
-      }
-      case MB_RULE_ADADELTA: {
-        const mb_adadelta_f64 c = mb_adadelta_coefficients(hyper_, 1, 0, step);
-        args_.is_double ? void(to_.adadelta_f64 = c)
-                        : void(to_.adadelta_f32 = mb_adadelta_round_f32(c));
-        break;
-      }
-      case MB_RULE_ADAMAX: {
-        const mb_adamax_f64 c = mb_adamax_coefficients(hyper_, 1, 0, step);
-        args_.is_double ? void(to_.adamax_f64 = c) : void(to_.adamax_f32 = mb_adamax_round_f32(c));
-        break;
-      }
-      case MB_RULE_RADAM: {
-        const mb_radam_f64 c = mb_radam_coefficients(hyper_, 1, 0, step);
-        args_.is_double ? void(to_.radam_f64 = c) : void(to_.radam_f32 = mb_radam_round_f32(c));
-        break;
-      }
-      default: {
-        const mb_rprop_f64 c = mb_rprop_coefficients(hyper_, 1, 0, step);
-        args_.is_double ? void(to_.rprop_f64 = c) : void(to_.rprop_f32 = mb_rprop_round_f32(c));
-      }
-    }
+    fill_coefficients(args_.rule->id, hyper_, 1, 0, step, args_.is_double,
+                      corrections_[number % corrections_.size()], to_);
     return &to_;
   }
 

@@ -69,66 +69,17 @@ struct Worker {
     const double step = static_cast<double>(args.step[model * args.step_stride] + 1.0f);
     const bool wide = args.dtype == MB_OPTIM_F64;
     const int64_t count = args.num_models;
-    switch (args.rule->id) {
-      case MB_RULE_SGD: {
-        const mb_sgd_f64 c = mb_sgd_coefficients(args.hyper, count, model, step);
-        wide ? void(to.sgd_f64 = c) : void(to.sgd_f32 = mb_sgd_round_f32(c));
-        break;
-      }
-      case MB_RULE_ADAM:
-      case MB_RULE_ADAMW: {
-        const double beta1 = args.hyper[MB_ADAM_BETA1 * count + model];
-        const double beta2 = args.hyper[MB_ADAM_BETA2 * count + model];
-        if (correction.step != step || correction.beta1 != beta1 || correction.beta2 != beta2) {
-          correction = mb_make_adam_correction(beta1, beta2, step);
-        }
-        const mb_adam_f64 c = mb_adam_coefficients_with(args.hyper, count, model, &correction,
-                                                        args.rule->id == MB_RULE_ADAMW);
-        wide ? void(to.adam_f64 = c) : void(to.adam_f32 = mb_adam_round_f32(c));
-        break;
-      }
-      case MB_RULE_RMSPROP: {
-        const mb_rmsprop_f64 c = mb_rmsprop_coefficients(args.hyper, count, model, step);
-        wide ? void(to.rmsprop_f64 = c) : void(to.rmsprop_f32 = mb_rmsprop_round_f32(c));
-        break;
-      }
-      case MB_RULE_ADAGRAD: {
-        const mb_adagrad_f64 c = mb_adagrad_coefficients(args.hyper, count, model, step);
-        wide ? void(to.adagrad_f64 = c) : void(to.adagrad_f32 = mb_adagrad_round_f32(c));
-        break;
-      }
-      case MB_RULE_ADADELTA: {
-        const mb_adadelta_f64 c = mb_adadelta_coefficients(args.hyper, count, model, step);
-        wide ? void(to.adadelta_f64 = c) : void(to.adadelta_f32 = mb_adadelta_round_f32(c));
-        break;
-      }
-      case MB_RULE_ADAMAX: {
-        const mb_adamax_f64 c = mb_adamax_coefficients(args.hyper, count, model, step);
-        wide ? void(to.adamax_f64 = c) : void(to.adamax_f32 = mb_adamax_round_f32(c));
-        break;
-      }
-      case MB_RULE_RADAM: {
-        const mb_radam_f64 c = mb_radam_coefficients(args.hyper, count, model, step);
-        wide ? void(to.radam_f64 = c) : void(to.radam_f32 = mb_radam_round_f32(c));
-        break;
-      }
-      case MB_RULE_NADAM: {
-        const mb_nadam_f64 c = mb_nadam_coefficients_with(args.hyper, count, model, step,
-                                                          nadam_product(args, model, step));
-        wide ? void(to.nadam_f64 = c) : void(to.nadam_f32 = mb_nadam_round_f32(c));
-        break;
-      }
-      case MB_RULE_ASGD: {
-        const mb_asgd_f64 c =
-            mb_asgd_coefficients(args.hyper, count, model, step, scalar(args, 0, model),
-                                 scalar(args, 1, model), args.wide_scalars[0] != nullptr);
-        wide ? void(to.asgd_f64 = c) : void(to.asgd_f32 = mb_asgd_round_f32(c));
-        break;
-      }
-      default: {
-        const mb_rprop_f64 c = mb_rprop_coefficients(args.hyper, count, model, step);
-        wide ? void(to.rprop_f64 = c) : void(to.rprop_f32 = mb_rprop_round_f32(c));
-      }
+    if (args.rule->id == MB_RULE_NADAM) {
+      const mb_nadam_f64 c = mb_nadam_coefficients_with(args.hyper, count, model, step,
+                                                        nadam_product(args, model, step));
+      wide ? void(to.nadam_f64 = c) : void(to.nadam_f32 = mb_nadam_round_f32(c));
+    } else if (args.rule->id == MB_RULE_ASGD) {
+      const mb_asgd_f64 c =
+          mb_asgd_coefficients(args.hyper, count, model, step, scalar(args, 0, model),
+                               scalar(args, 1, model), args.wide_scalars[0] != nullptr);
+      wide ? void(to.asgd_f64 = c) : void(to.asgd_f32 = mb_asgd_round_f32(c));
+    } else {
+      fill_coefficients(args.rule->id, args.hyper, count, model, step, wide, correction, to);
     }
     if (!args.transforms_grad()) return;
     const float inv_scale = args.inv_scale != nullptr ? args.inv_scale[model] : 1.0f;
