@@ -16,7 +16,15 @@ from ..optim.configs import _option_names, merge_configs, stock_optimizer
 from ..optim.factory import per_model_limits
 from ..random import check_seeds, derive_seed
 
-__all__ = ["ENDED", "Trial", "TrialResult", "describe", "expand", "make_trials"]
+__all__ = [
+    "ENDED",
+    "Trial",
+    "TrialResult",
+    "describe",
+    "expand",
+    "make_trial",
+    "make_trials",
+]
 
 #: The states of a trial that does not go on.
 ENDED = ("finished", "stopped", "pruned", "diverged", "failed")
@@ -142,16 +150,40 @@ def make_trials(
         ModelBatchError: naming the trial and the key.
     """
     given = check_seeds(seeds, len(configs))
-    trials = []
-    for number, config in enumerate(configs):
-        own_seed = derive_seed(number, seed) if given is None else given[number]
-        try:
-            trial = _make(number, config, own_seed, epochs, batch_size, optimizer_cls, loss_fn)
-        except ModelBatchError as error:
-            text = str(error).removeprefix("model 0: ")
-            raise ModelBatchError(f"trial {number}: {text}") from error
-        trials.append(trial)
-    return trials
+    return [
+        make_trial(
+            number,
+            config,
+            seed=derive_seed(number, seed) if given is None else given[number],
+            epochs=epochs,
+            batch_size=batch_size,
+            optimizer_cls=optimizer_cls,
+            loss_fn=loss_fn,
+        )
+        for number, config in enumerate(configs)
+    ]
+
+
+def make_trial(
+    number: int,
+    config: dict[str, Any],
+    *,
+    seed: int,
+    epochs: int,
+    batch_size: int | None,
+    optimizer_cls: type[Optimizer],
+    loss_fn: Callable[..., Tensor],
+) -> Trial:
+    """Take one configuration apart; `seed` and the rest are what holds where it says nothing.
+
+    Raises:
+        ModelBatchError: naming the trial and the key.
+    """
+    try:
+        return _make(number, config, seed, epochs, batch_size, optimizer_cls, loss_fn)
+    except ModelBatchError as error:
+        text = str(error).removeprefix("model 0: ")
+        raise ModelBatchError(f"trial {number}: {text}") from error
 
 
 def _make(

@@ -193,7 +193,7 @@ def _form(batch: Batch) -> Any:
 def _looks_at_no_model(loader: Iterable[Any]) -> bool:
     """Whether a loader is known to yield what it yields whatever becomes of the models."""
     known = (list, tuple, PerModelLoader, torch.utils.data.DataLoader)
-    return type(loader) in known
+    return type(loader) in known or type(loader).__dict__.get("reads_models") is False
 
 
 def _own_routers() -> tuple[type, ...]:
