@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ..batch import ModelBatch
-from ..callbacks import BestModel, Callback, Event, NaNCallback
+from ..callbacks import BestModel
 from ..checkpoint import GlobalRandomState
 from ..checkpoint.reading import read
 from ..errors import CheckpointError, ModelBatchError, StructureMismatchError
@@ -28,12 +28,10 @@ from .copying import copy_training
 from .gather import Settings
 from .own_epochs import OwnEpochs
 from .trials import Trial
+from .watching import Reasons, diverged, with_nan_callback
 from .weights import Weights, seeded
 
 __all__ = ["Round", "TrialBundle"]
-
-# How NaNCallback begins its reasons.
-_NOT_FINITE = "not finite"
 
 
 @dataclass
@@ -109,7 +107,7 @@ class TrialBundle:
         if settings.scheduler is not None:
             self.scheduler = OptimizerFactory.create_lr_scheduler(self.optimizer, self._schedule)
         self._reference = seeded(settings.build, first.config, first.seed)
-        self._watch = _Watch()
+        self._reasons = Reasons()
         self._loop = self._make_loop(first)
         self._generators = _generators([settings.train.loader, _loader(settings)])
         self._random = self._first_random_state()
@@ -117,10 +115,8 @@ class TrialBundle:
 
     def _make_loop(self, first: Trial) -> Loop:
         settings = self.settings
-        own = list(settings.callbacks([trial.id for trial in self._slots]))
-        if not any(isinstance(callback, NaNCallback) for callback in own):
-            own.insert(0, NaNCallback("freeze"))
-        own += [*([] if self.best is None else [self.best]), self._watch]
+        own = with_nan_callback(settings.callbacks([trial.id for trial in self._slots]))
+        own += [*([] if self.best is None else [self.best]), self._reasons]
         train: Any = settings.train.loader
         if train is None:
             assert first.batch_size is not None
@@ -219,7 +215,7 @@ class TrialBundle:
         active = dict(zip(ids, self.mb.active.tolist()))
         round_ = Round([], [], {name: [] for name in results}, {}, {}, seconds)
         for own, trial in list(self._by_id.items()):
-            reason = self._watch.reasons.get(own, "")
+            reason = self._reasons.known.get(own, "")
             round_.trials.append(trial.id)
             round_.epochs.append(self._done[own])
             slot = ids.index(own) if own in active else None  # a callback may have removed it
@@ -227,7 +223,7 @@ class TrialBundle:
                 round_.values[name].append(torch.nan if slot is None else row[slot])
             self._done[own] += 1
             if not active.get(own, False):
-                status = "diverged" if reason.startswith(_NOT_FINITE) else "stopped"
+                status = "diverged" if diverged(reason) else "stopped"
             elif self._done[own] >= trial.epochs:
                 status = "finished"
             elif stop:
@@ -435,23 +431,3 @@ class TrialBundle:
 
 def _loader(settings: Settings) -> Any:
     return None if settings.val is None else settings.val.loader
-
-
-class _Watch(Callback):
-    """Remembers why models were frozen, by their ids."""
-
-    reads_models = False
-
-    def __init__(self) -> None:
-        self.reasons: dict[int, str] = {}
-
-    def on_model_frozen(self, event: Event) -> None:
-        ids = event.mb.model_ids
-        for slot in event.models:
-            self.reasons.setdefault(ids[slot], event.reason)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"reasons": [[own, reason] for own, reason in self.reasons.items()]}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.reasons = {int(own): str(reason) for own, reason in state_dict["reasons"]}

@@ -6,20 +6,18 @@ from typing import Any
 
 import torch
 
-from ..callbacks import BestModel, Callback, Event
+from ..callbacks import BestModel, Event
 from ..errors import ModelBatchError
 from .ledger import Ledger
 from .pruners import Pruner
 from .trials import Trial
+from .watching import Reasons, diverged
 from .weights import Weights
 
 __all__ = ["Follower"]
 
-# How NaNCallback begins its reasons.
-_NOT_FINITE = "not finite"
 
-
-class Follower(Callback):
+class Follower(Reasons):
     """Records every epoch, asks the pruner, and lets trials that have ended leave the bundle.
 
     It comes last in the list of callbacks, so it sees what the others froze. Its state says how
@@ -36,8 +34,6 @@ class Follower(Callback):
         report: called after each epoch.
     """
 
-    reads_models = False
-
     def __init__(
         self,
         ledger: Ledger,
@@ -49,11 +45,11 @@ class Follower(Callback):
         best: BestModel | None,
         report: Callable[[], None],
     ) -> None:
+        super().__init__()
         self.ledger, self.record, self.bundle = ledger, record, bundle
         self.trials, self.pruner = list(trials), pruner
         self.weights, self.best, self.report = weights, best, report
         self._epochs = 0
-        self._reasons: dict[int, str] = {}
         self._clock = time.perf_counter()
 
     def on_train_start(self, event: Event) -> None:
@@ -65,12 +61,6 @@ class Follower(Callback):
         if not self.ledger.running(self.bundle):
             event.stop = True
         self._clock = time.perf_counter()
-
-    def on_model_frozen(self, event: Event) -> None:
-        """Remember why."""
-        ids = event.mb.model_ids
-        for slot in event.models:
-            self._reasons.setdefault(ids[slot], event.reason)
 
     def on_epoch_end(self, event: Event) -> None:
         """Record, ask, and prune."""
@@ -123,8 +113,8 @@ class Follower(Callback):
         ended = {}
         for trial, slot in slots.items():
             if not active[slot]:
-                reason = self._reasons.get(ids[slot], "")
-                ended[str(trial)] = "diverged" if reason.startswith(_NOT_FINITE) else "stopped"
+                reason = self.known.get(ids[slot], "")
+                ended[str(trial)] = "diverged" if diverged(reason) else "stopped"
             elif event.epoch + 1 >= epochs[trial]:
                 ended[str(trial)] = "finished"
             elif event.stop:
@@ -148,9 +138,9 @@ class Follower(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """How far the training was, and why models are frozen."""
-        return {"epochs": self._epochs, "reasons": [[k, v] for k, v in self._reasons.items()]}
+        return {"epochs": self._epochs, **super().state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what `state_dict` returned."""
         self._epochs = int(state_dict["epochs"])
-        self._reasons = {int(model): str(reason) for model, reason in state_dict["reasons"]}
+        super().load_state_dict(state_dict)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..batch import ModelBatch
-from ..callbacks import BestModel, Callback, NaNCallback
+from ..callbacks import BestModel, Callback
 from ..checkpoint import GlobalRandomState
 from ..optim import OptimizerFactory
 from ..training import fit
@@ -23,6 +23,7 @@ from .journal import Journal
 from .ledger import Ledger
 from .sizing import is_out_of_memory
 from .trials import Trial
+from .watching import with_nan_callback
 from .weights import Weights
 
 __all__ = ["Runner"]
@@ -156,9 +157,7 @@ class Runner:
             best,
             self.report,
         )
-        own = list(settings.callbacks([trial.id for trial in trials]))
-        if not any(isinstance(callback, NaNCallback) for callback in own):
-            own.insert(0, NaNCallback("freeze"))
+        own = with_nan_callback(settings.callbacks([trial.id for trial in trials]))
         callbacks: list[Callback] = [*own, *([] if best is None else [best]), follower]
         directory = self._checkpoint(number)
         history = fit(
