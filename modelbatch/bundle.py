@@ -11,8 +11,10 @@ from torch.optim import Optimizer
 
 from .change import Change
 from .errors import ModelBatchError
+from .held_objects import HeldObjects
 from .membership import Membership
 from .optim import FusedOptimizer, PerModelOptimizer, build_optimizer
+from .optim.parameter_options import set_parameter_options
 from .substitute import GradMemory
 
 
@@ -130,6 +132,7 @@ class Bundle(Membership):
         """
         self._stack.check_views()
         self._stack.refresh(self._ignored, self._forward.spread)
+        self._forward.held = HeldObjects(self._stack.modules[0])
 
     # ---- nn.Module
 
@@ -169,7 +172,8 @@ class Bundle(Membership):
         new._stack.watch_hooks()
         if optimizer is not None and recipe is not None:
             base = getattr(optimizer, "_base_options", None)
-            new._build_optimizer(*recipe, new._grad_scaler, base)
+            own = getattr(optimizer, "parameter_options", None)
+            new._build_optimizer(*recipe, new._grad_scaler, base, own)
             assert new._optimizer is not None
             new._optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
         return new
@@ -194,6 +198,7 @@ class Bundle(Membership):
         clips: Mapping[str, list[float]],
         grad_scaler: torch.amp.GradScaler | None = None,
         base: Mapping[str, Any] | None = None,
+        parameter_options: Mapping[str, Mapping[str, float]] | None = None,
     ) -> Optimizer:
         optimizer = build_optimizer(
             dict(self.named_parameters()),
@@ -203,6 +208,8 @@ class Bundle(Membership):
             active=self._is_active,
             fallback=self._forward.fallback,
         )
+        if parameter_options:
+            set_parameter_options(optimizer, parameter_options)
         for name, limits in clips.items():
             setattr(optimizer, name, limits)
         if isinstance(optimizer, PerModelOptimizer):

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from .errors import ModelBatchError
@@ -104,7 +104,14 @@ def unpack(bundle: "ModelBatch", batch: Any) -> tuple[Any, Any, Any]:
 def _set_modes(bundle: "ModelBatch", modes: list[bool]) -> None:
     for modules in (bundle._stack.nodes, *bundle._stack.modules):
         for module, mode in zip(modules, modes):
-            module.training = mode
+            if module.training is not mode:
+                if (
+                    "training" in module.__dict__
+                    and type(module).__setattr__ is nn.Module.__setattr__
+                ):
+                    module.__dict__["training"] = mode  # nn.Module's way takes most of the time
+                else:
+                    module.training = mode
 
 
 def metrics(bundle: "ModelBatch") -> dict[str, float]:

@@ -22,6 +22,7 @@ from .attributes import MODULE_INTERNALS
 from .errors import FallbackWarning
 from .explain import Report
 from .fallback import FallbackWatch, cause, users_stacklevel
+from .held_objects import HeldObjects
 from .one_by_one import OneByOne
 from .pytree import Spec, flatten, unflatten
 from .random import Streams
@@ -78,6 +79,7 @@ class Forward(OneByOne):
         self.tensor_attributes: dict[tuple[int, str], tuple[Tensor, bool]] = {}
         """Plain attributes that the forward set to tensors, and whether these differ by model."""
         self.spread: set[tuple[int, str]] = set()
+        self.held = HeldObjects(stack.modules[0])
         """Plain attributes that the forward keeps per model, as (module index, name)."""
         self.weights = None
         """What the samples of the batch count for, while they do not all count alike."""
@@ -150,6 +152,7 @@ class Forward(OneByOne):
         training = self.stack.models[0].training
         snapshot, streams = self._snapshot(training, everything=True), self.streams.snapshot()
         kept = (self.tensor_attributes.copy(), self.spread.copy())
+        held = [self.held.state(modules) for modules in self.stack.modules]
         weights, self.weights = self.weights, None
         self.streams.op_index = 0
         self.record = report.add
@@ -180,6 +183,8 @@ class Forward(OneByOne):
             self.record = None
             self.weights = weights
             self._undo(snapshot, streams)
+            for state in held:
+                self.held.restore(state)
             self.tensor_attributes, self.spread = kept
 
     def _explain_loop(
@@ -291,7 +296,14 @@ class Forward(OneByOne):
 
     def _batched(self, leaves: list[Any], batched: list[bool], spec: Spec, training: bool) -> Any:
         checking = training not in self.written or self.record is not None
-        results, out_spec = self.batched_leaves(leaves, batched, spec, checking)
+        modules = self.stack.modules
+        before = self.held.state(modules[0])
+        try:
+            results, out_spec = self.batched_leaves(leaves, batched, spec, checking)
+        except BaseException:
+            self.held.restore(before)
+            raise
+        self.held.spread(before, modules)
         return unflatten(results, out_spec)
 
     def batched_leaves(

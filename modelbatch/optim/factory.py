@@ -39,6 +39,8 @@ class OptimizerFactory:
             `step`. A model's norm is over its own parameters alone.
         clip_grad_value: the largest absolute value of a gradient's element, one number or M.
         grad_scaler: the `BundleGradScaler` (or torch's `GradScaler`) that `mb.train_step` uses.
+        parameter_options: options that single parameters have in all models, by the parameter's
+            name, such as `{"bias": {"weight_decay": 0.0}}`. They come before those of the groups.
 
     Raises:
         ModelBatchError: a bad class or limit, or both kinds of clipping at once.
@@ -54,6 +56,7 @@ class OptimizerFactory:
         clip_grad_norm: float | Sequence[float] | Tensor | None = None,
         clip_grad_value: float | Sequence[float] | Tensor | None = None,
         grad_scaler: torch.amp.GradScaler | None = None,
+        parameter_options: Mapping[str, Mapping[str, float]] | None = None,
     ) -> None:
         if not (isinstance(optimizer_cls, type) and issubclass(optimizer_cls, Optimizer)):
             raise ModelBatchError(
@@ -82,6 +85,7 @@ class OptimizerFactory:
         self.clip_grad_norm = clip_grad_norm
         self.clip_grad_value = clip_grad_value
         self.grad_scaler = grad_scaler
+        self.parameter_options = parameter_options
 
     def create_optimizer(
         self, mb: "ModelBatch", configs: Sequence[Mapping[str, Any] | None] | None = None
@@ -123,7 +127,12 @@ class OptimizerFactory:
             if (limits := per_model_limits(name, getattr(self, name), mb.num_models)) is not None
         }
         return mb._build_optimizer(
-            self.optimizer_cls, merged, clips, self.grad_scaler, self.base_config
+            self.optimizer_cls,
+            merged,
+            clips,
+            self.grad_scaler,
+            self.base_config,
+            self.parameter_options,
         )
 
 

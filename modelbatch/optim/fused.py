@@ -19,6 +19,7 @@ from .gradients import GradientViews
 from .groups import HyperTable, ModelGroup
 from .joining import Joining
 from .loading import LoadingOptimizer
+from .parameter_options import ParameterOptions
 from .rules import RULES, Rule
 from .states import Entry, StateViews, merge_numbers, real
 
@@ -58,13 +59,14 @@ def build_fused_optimizer(
 
 
 class _Call:
-    """One call of the operator: the tensors of entries with one dtype and the same numbers."""
+    """One call of the operator: entries with one dtype, the same numbers and the same options."""
 
-    __slots__ = ("entries", "params", "states", "step")
+    __slots__ = ("entries", "options", "params", "states", "step")
 
     def __init__(self, entries: list[Entry], rule: Rule) -> None:
         self.entries = entries
         self.params = [entry.param for entry in entries]
+        self.options = entries[0].options
         self.step, *scalars = entries[0].numbers
         lists = [
             [state for entry in entries if (state := entry.states[which]) is not None]
@@ -118,6 +120,7 @@ class FusedOptimizer(LoadingOptimizer):
         self.clip_grad_norm: Sequence[float] | None = None
         self.clip_grad_value: Sequence[float] | None = None
         self.last_grad_norms = None
+        self._own_options = ParameterOptions()
         self._limits_key: Any = None
         self._limits_tensor: Tensor
         Optimizer.__init__(self, [dict(s.param_groups[0]) for s in stocks], stocks[0].defaults)
@@ -161,8 +164,9 @@ class FusedOptimizer(LoadingOptimizer):
         shared: dict[Any, list[Tensor]] = {}
         groups = self.__dict__["param_groups"]
         first = self._first_states(groups)
-        for entry in self._entries:
-            kind = (entry.numbers[0].device, entry.numbers[-1].dtype)
+        for name, entry in zip(self._views.names, self._entries, strict=True):
+            entry.options = self._own_options.numbers(self._rule, name)
+            kind = (entry.numbers[0].device, entry.numbers[-1].dtype, entry.options)
             entry.numbers = shared.setdefault(kind, entry.numbers)
             if first is not None:
                 entry.allocate(0, first)
@@ -173,6 +177,16 @@ class FusedOptimizer(LoadingOptimizer):
 
     def _forget_plan(self) -> None:
         self._pattern = None
+
+    @property
+    def parameter_options(self) -> Mapping[str, Mapping[str, float]]:
+        """Options of single parameters, by name, which hold for all models; see the factory."""
+        return self._own_options.by_name
+
+    @parameter_options.setter
+    def parameter_options(self, options: Mapping[str, Mapping[str, float]]) -> None:
+        self._own_options = ParameterOptions.checked(self._rule, self._views.names, options)
+        self._reset_state()
 
     def _first_states(self, groups: list[dict[str, Any]]) -> list[float] | None:
         first_state = self._rule.first_state
@@ -267,8 +281,9 @@ class FusedOptimizer(LoadingOptimizer):
         scaled = self.__dict__.get("grad_scale") is not None
         if scaled or self.clip_grad_norm is not None or self.clip_grad_value is not None:
             scaling = self._scaling([grad for grads in by_call for grad in grads])
-        matrix, active, operator = self._table.matrix, self._active, self._rule.operator
+        active, operator = self._active, self._rule.operator
         for call, own in zip(self._calls, by_call, strict=True):
+            matrix = self._own_options.matrix(self._table.matrix, call.options)
             operator(call.params, own, *call.states, call.step, matrix, active, nonfinite, *scaling)
         # The operator writes below autograd, which must learn that saved parameters changed.
         torch.autograd.graph.increment_version(self._views.stacked)
@@ -290,7 +305,8 @@ class FusedOptimizer(LoadingOptimizer):
         if self._table.refresh(self.__dict__["param_groups"]) or pattern != self._pattern:
             with torch.no_grad():
                 self._plan(pattern)
-        return self._calls[0] if len(self._calls) == 1 else None
+        single = len(self._calls) == 1 and not self._calls[0].options
+        return self._calls[0] if single else None
 
     def clip_limits(self) -> tuple[Tensor | None, Tensor | None]:
         """The models' limits of norm and value, float64 `[M]`; None without."""

@@ -76,7 +76,8 @@ class GradientViews:
             for name, parameter in stacked.items()
         ]
         self._entry_of = {id(entry.stacked): entry for entry in self._entries}
-        self._names = list(stacked)
+        #: Their names, which are those of the models' own parameters.
+        self.names = list(stacked)
         #: The stacked parameters, `[M, *shape]` each.
         self.stacked: list[nn.Parameter] = [entry.stacked for entry in self._entries]
         #: For every stacked parameter the M models' own.
@@ -212,7 +213,7 @@ class GradientViews:
         """Follows a bundle whose models, and stacked parameters, have changed."""
         shown, removed = self.shown, set(change.removed)
         named = {slot: dict(model.named_parameters()) for slot, model in change.models.items()}
-        for entry, name in zip(self._entries, self._names, strict=True):
+        for entry, name in zip(self._entries, self.names, strict=True):
             if entry.grad is not None:
                 for i, param in enumerate(entry.params):
                     if i not in removed:  # these have a copy of their own by now

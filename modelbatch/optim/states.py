@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..change import Change
 from ..errors import ModelBatchError
+from .parameter_options import OwnNumbers
 from .rules import Rule
 
 __all__ = ["Entry", "StateViews", "merge_numbers", "real"]
@@ -29,10 +30,12 @@ class Entry:
         num_models: M.
     """
 
-    __slots__ = ("numbers", "stacked", "states")
+    __slots__ = ("numbers", "options", "stacked", "states")
 
     def __init__(self, stacked: nn.Parameter, rule: Rule, num_models: int) -> None:
         self.stacked = stacked
+        #: Options of this parameter alone, see `ParameterOptions`.
+        self.options: OwnNumbers = ()
         self.states: list[Tensor | None] = [None] * len(rule.states)  # [M, *shape] each
         device = stacked.device
         is_wide = self._may_be_wide() and torch.get_default_dtype() == torch.float64
@@ -214,15 +217,19 @@ class StateViews(MutableMapping[Tensor, dict[str, Any]]):
 def merge_numbers(entries: Sequence[Entry], stepping: Sequence[bool]) -> None:
     """Let entries that step together and have equal numbers share them, and no others.
 
+    One call of the operator counts the steps of all its entries, so entries with options of their
+    own have numbers of their own.
+
     Args:
         entries: all of them.
         stepping: which of them have a gradient in the steps to come.
     """
-    distinct: list[list[Tensor]] = []
+    by_options: dict[OwnNumbers, list[list[Tensor]]] = {}
     for entry, steps in zip(entries, stepping, strict=True):
         if not steps:
             entry.numbers = [own.clone() for own in entry.numbers]
             continue
+        distinct = by_options.setdefault(entry.options, [])
         for others in distinct:
             if others is entry.numbers or all(map(_same, others, entry.numbers)):
                 entry.numbers = others
