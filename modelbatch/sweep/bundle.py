@@ -1,20 +1,17 @@
 """Trials that train together, each at its own epoch, while others leave and join."""
 
 import copy
-import random
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from ..batch import ModelBatch
 from ..callbacks import BestModel
 from ..checkpoint import GlobalRandomState
 from ..checkpoint.reading import read
@@ -24,6 +21,7 @@ from ..structure import analyse
 from ..training.history import History
 from ..training.loop import Loop
 from ..training.position import _generators
+from .assembly import assemble, seed_generators
 from .copying import copy_training
 from .gather import Settings
 from .own_epochs import OwnEpochs
@@ -94,12 +92,7 @@ class TrialBundle:
                 )
         first = trials[0]
         self.settings, self.best = settings, best
-        self.mb = ModelBatch(list(models), seeds=[trial.seed for trial in trials])
-        if settings.device is not None:
-            self.mb.to(settings.device)
-        clips: dict[str, Any] = {name: [t.clips[name] for t in trials] for name in first.clips}
-        factory = OptimizerFactory(first.optimizer_cls, **clips)
-        self.optimizer = factory.create_optimizer(self.mb, [dict(t.options) for t in trials])
+        self.mb, self.optimizer = assemble(trials, models, settings)
         self._by_id = dict(zip(self.mb.model_ids, trials))  # by the id of the model
         self._done = dict.fromkeys(self._by_id, 0)  # epochs
         self._slots = list(trials)  # as they are, or are about to be
@@ -409,10 +402,7 @@ class TrialBundle:
     def _first_random_state(self) -> dict[str, Any]:
         """The same for every bundle, whatever was drawn before."""
         before = self._swap_random_state(None)
-        seed = self.settings.seed
-        random.seed(seed)
-        np.random.seed(seed % (1 << 32))
-        torch.manual_seed(seed)
+        seed_generators(self.settings.seed)
         return self._swap_random_state(before)
 
     def _swap_random_state(self, state: dict[str, Any] | None) -> dict[str, Any]:

@@ -1,10 +1,8 @@
 """Batches for models of which each is at an epoch of its own."""
 
-import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
@@ -12,6 +10,7 @@ from torch.utils.data import default_collate
 
 from ..data import RoutedBatch
 from ..random import derive_seed
+from .assembly import seed_generators
 from .data import Data, epoch_order
 
 __all__ = ["OwnEpochs"]
@@ -60,9 +59,7 @@ class OwnEpochs:
         if self.data.tensors is not None:
             return tuple(tensor[rows.to(tensor.device)] for tensor in self.data.tensors)
         seed = derive_seed(number, derive_seed(epoch, self.data.seed))
-        random.seed(seed)
-        np.random.seed(seed % (1 << 32))
-        torch.manual_seed(seed)
+        seed_generators(seed)
         return default_collate([self.data.dataset[row] for row in rows.tolist()])
 
     def _own_batches(

@@ -1,22 +1,19 @@
 """Training one bundle after the other."""
 
 import math
-import random
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import nn
 
-from ..batch import ModelBatch
 from ..callbacks import BestModel, Callback
 from ..checkpoint import GlobalRandomState
 from ..optim import OptimizerFactory
 from ..training import fit
 from ..training.position import _generators
+from .assembly import assemble, seed_generators
 from .follower import Follower
 from .gather import Gatherer, Kind, Settings
 from .journal import Journal
@@ -128,15 +125,8 @@ class Runner:
 
     def _train(self, number: int, trials: list[Trial], models: list[nn.Module]) -> str:
         settings, first = self.settings, trials[0]
-        mb = ModelBatch(models, seeds=[trial.seed for trial in trials])
+        mb, optimizer = assemble(trials, models, settings)
         models.clear()
-        if settings.device is not None:
-            mb.to(settings.device)
-        clips: dict[str, Any] = {
-            name: [trial.clips[name] for trial in trials] for name in first.clips
-        }
-        factory = OptimizerFactory(first.optimizer_cls, **clips)
-        optimizer = factory.create_optimizer(mb, [dict(trial.options) for trial in trials])
         scheduler = None
         make = settings.scheduler
         if make is not None:
@@ -178,9 +168,7 @@ class Runner:
 
     def _seed_generators(self) -> None:
         """What loaders and transforms draw does not depend on the bundles before this one."""
-        random.seed(self.settings.seed)
-        np.random.seed(self.settings.seed % (1 << 32))
-        torch.manual_seed(self.settings.seed)
+        seed_generators(self.settings.seed)
         for generator, state in zip(self._generators, self._beginning):
             generator.set_state(state)
 

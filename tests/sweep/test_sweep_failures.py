@@ -7,7 +7,7 @@ import torch
 from sweep.sweep_case import alone, build, close, data
 from torch import nn
 
-import modelbatch.sweep.runner as runner
+import modelbatch.sweep.assembly as assembly
 from modelbatch import ModelBatchError
 from modelbatch.callbacks import Callback, EarlyStopping
 from modelbatch.sweep import run_sweep
@@ -92,14 +92,14 @@ def test_all_may_diverge() -> None:
 def test_out_of_memory_halves_the_bundles(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
 
-    class Small(runner.ModelBatch):
+    class Small(assembly.ModelBatch):
         def __init__(self, models: Any, **kwargs: Any) -> None:
             sizes.append(len(models))
             if len(models) > 2:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             super().__init__(models, **kwargs)
 
-    monkeypatch.setattr(runner, "ModelBatch", Small)
+    monkeypatch.setattr(assembly, "ModelBatch", Small)
     configs = [{"lr": 0.01 * (i + 1)} for i in range(6)]
     result = sweep(configs, bundle_size=4)
     assert sizes == [4, 2, 2, 2]
@@ -108,11 +108,11 @@ def test_out_of_memory_halves_the_bundles(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_single_model_without_memory_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Full(runner.ModelBatch):
+    class Full(assembly.ModelBatch):
         def __init__(self, models: Any, **kwargs: Any) -> None:
             raise MemoryError("full")
 
-    monkeypatch.setattr(runner, "ModelBatch", Full)
+    monkeypatch.setattr(assembly, "ModelBatch", Full)
     result = sweep([{"lr": 0.1}, {"lr": 0.2}])
     assert [own.error for own in result.values()] == ["MemoryError: full"] * 2
 
