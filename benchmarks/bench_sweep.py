@@ -83,7 +83,8 @@ def sampler(seed: int) -> Any:
 
 def study(seed: int) -> Any:
     """A new study in memory."""
-    return optuna.create_study(direction="maximize", sampler=sampler(seed))
+    pruner = optuna.pruners.NopPruner()  # all variants do all the work
+    return optuna.create_study(direction="maximize", sampler=sampler(seed), pruner=pruner)
 
 
 def bundled(trials: int, epochs: int, seed: int, data: Any) -> float:
@@ -221,7 +222,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--trials", type=int, default=200)
     parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--without", nargs="*", default=[], choices=VARIANTS)
     args = parser.parse_args()
+    variants = {name: run for name, run in VARIANTS.items() if name not in args.without}
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     warnings.simplefilter("ignore")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -229,12 +232,12 @@ def main() -> None:
 
     data, threads = digits(), torch.get_num_threads()
     ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    for run in VARIANTS.values():  # imports, compilation and caches
+    for run in variants.values():  # imports, compilation and caches
         run(4, 1, 0, data)
-    taken: dict[str, list[float]] = {name: [] for name in VARIANTS}
-    found: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    taken: dict[str, list[float]] = {name: [] for name in variants}
+    found: dict[str, list[float]] = {name: [] for name in variants}
     for seed in range(args.rounds):
-        for name, run in VARIANTS.items():
+        for name, run in variants.items():
             torch.set_num_threads(THREADS.get(name, threads))
             start = time.perf_counter()
             with contextlib.redirect_stdout(io.StringIO()):
@@ -255,7 +258,7 @@ def main() -> None:
             "best_accuracy": round(statistics.median(found[name]), 4),
             "best_accuracies": [round(value, 4) for value in found[name]],
         }
-        for name in VARIANTS
+        for name in variants
     ]
     setting = {"trials": args.trials, "epochs": args.epochs, "batch_size": BATCH}
     print(save("sweep", [{**setting, "rounds": args.rounds}, *results]))

@@ -13,6 +13,7 @@ EXAMPLES = (
     "quick_consistency_test.py",
     "per_model_schedules.py",
     "lstm_sweep.py",
+    "lightning_example.py",
 )
 
 
@@ -118,3 +119,10 @@ def test_no_models_are_refused() -> None:
     done = run("simple_demo.py", "--models", "0")
     assert done.returncode == 2
     assert "must be at least 1" in done.stderr
+
+
+def test_lightning_example_finds_a_learning_rate() -> None:
+    done = run("lightning_example.py", "--models", "4", "--epochs", "3")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count(" best") == 1 and done.stdout.count("model ") >= 5
+    assert "exported model" in done.stdout

@@ -1,0 +1,143 @@
+"""What a `BundleTrainable` is told: the arguments of `run_sweep`, and some of its own."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from ...callbacks import Callback
+from ...errors import ModelBatchError
+from ...random import check_seeds
+from ...sweep.data import Data
+from ...sweep.gather import Settings
+from ...sweep.pruners import Pruner
+from ...sweep.run import _callback_maker, _check_metric, _check_words
+from ...sweep.trials import Trial, make_trial
+from ...training.validation import check_metrics
+from .pbt import BundlePBT
+from .rungs import RungBoard
+
+__all__ = ["Arguments", "read_arguments"]
+
+
+@dataclass
+class Arguments:
+    """What holds for all models of a Ray trial, checked.
+
+    Attributes:
+        settings: for the bundles.
+        metric: the name of the curve that is to become small or large.
+        mode: `"min"` or `"max"`.
+        defaults: of the configurations, for `make_trial`.
+        pruner: of this actor, None for none.
+        board: what stands for a pruner of all actors, None for none.
+        pbt: population based training, None for none.
+        keep_weights: `"last"`, `"best"` or None.
+        epochs_per_step: epochs in one `step()`.
+    """
+
+    settings: Settings
+    metric: str
+    mode: str
+    defaults: dict[str, Any]
+    pruner: Pruner | None
+    board: RungBoard | None
+    pbt: BundlePBT | None
+    keep_weights: str | None
+    epochs_per_step: int
+
+    def trial(self, number: int, config: dict[str, Any], seed: int) -> Trial:
+        """Take one configuration apart.
+
+        Raises:
+            ModelBatchError: it cannot be used.
+        """
+        return make_trial(number, config, seed=seed, **self.defaults)
+
+    def oriented(self, value: float) -> float:
+        """A value of the metric, of which small ones are good; infinity if it is not finite."""
+        if not abs(value) < float("inf"):
+            return float("inf")
+        return value if self.mode == "min" else -value
+
+
+def read_arguments(
+    *,
+    build: Callable[[dict[str, Any]], nn.Module],
+    train_data: Any,
+    epochs: int,
+    val_data: Any = None,
+    batch_size: int = 64,
+    metric: str | None = None,
+    mode: str = "min",
+    optimizer_cls: type[Optimizer] = torch.optim.Adam,
+    loss_fn: Callable[..., Tensor] = F.cross_entropy,
+    metric_fns: Mapping[str, Callable[..., Tensor]] | None = None,
+    pruner: Pruner | RungBoard | None = None,
+    pbt: BundlePBT | None = None,
+    scheduler: Callable[[Optimizer, dict[str, Any]], LRScheduler] | None = None,
+    scheduler_interval: str = "epoch",
+    callbacks: Callable[[list[int]], Iterable[Callback]] | Iterable[Callback] | None = None,
+    seed: int = 0,
+    keep_weights: str | None = "last",
+    epochs_per_step: int = 1,
+    device: torch.device | str | None = None,
+) -> Arguments:
+    """Check the arguments of `BundleTrainable`, which see.
+
+    Raises:
+        ModelBatchError: naming the argument.
+    """
+    for name, function in (("build", build), ("loss_fn", loss_fn), ("scheduler", scheduler)):
+        if not callable(function) and (name != "scheduler" or function is not None):
+            raise ModelBatchError(f"{name} must be callable, got {type(function).__name__}")
+    counts = {"epochs": epochs, "batch_size": batch_size, "epochs_per_step": epochs_per_step}
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ModelBatchError(f"{name} must be a positive integer, got {value!r}")
+    _check_words(mode, keep_weights, scheduler_interval)
+    if isinstance(pruner, type) or not isinstance(pruner, Pruner | RungBoard | None):
+        raise ModelBatchError(
+            f"pruner must be a RungBoard or have a method prune(epoch, values), got {pruner!r}"
+        )
+    if not isinstance(pbt, BundlePBT | None):
+        raise ModelBatchError(f"pbt must be a BundlePBT, got {type(pbt).__name__}")
+    metric = _check_metric(metric, val_data is not None, check_metrics(metric_fns))
+    try:
+        (seed,) = check_seeds([seed], 1) or [0]
+    except ModelBatchError as error:
+        raise ModelBatchError(f"seed: {error}") from error
+    place = None if device is None else torch.empty(0, device=device).device
+    train = Data("train_data", train_data, seed, place)
+    board = pruner if isinstance(pruner, RungBoard) else None
+    own = None if isinstance(pruner, RungBoard) else pruner
+    settings = Settings(
+        build=build,
+        train=train,
+        val=None if val_data is None else Data("val_data", val_data, seed, place),
+        bundle_size=None,
+        metric_fns=metric_fns,
+        callbacks=_callback_maker(callbacks),
+        scheduler=scheduler,
+        scheduler_interval=scheduler_interval,
+        pruner=None,
+        keep_weights=None,
+        seed=seed,
+        device=place,
+        checkpoint_every=1,
+        directory=None,
+    )
+    defaults = {
+        "epochs": epochs,
+        "batch_size": batch_size if train.loader is None else None,
+        "optimizer_cls": optimizer_cls,
+        "loss_fn": loss_fn,
+    }
+    return Arguments(
+        settings, metric, mode, defaults, own, board, pbt, keep_weights, epochs_per_step
+    )
