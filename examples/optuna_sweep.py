@@ -7,7 +7,7 @@ after the other, each trained by a plain torch loop, with the same sampler, prun
 
     python examples/optuna_sweep.py
     python examples/optuna_sweep.py --compare --pruner hyperband
-    python examples/optuna_sweep.py --storage sqlite:///digits.db   # may be killed, and goes on
+    python examples/optuna_sweep.py --storage digits.log  # may be killed, and goes on
     python examples/optuna_sweep.py --out plots
 """
 
@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner
 from optuna.samplers import TPESampler
+from optuna.storages import BaseStorage, JournalStorage
+from optuna.storages.journal import JournalFileBackend
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -51,7 +53,7 @@ def parse_arguments() -> argparse.Namespace:
         "--alive", type=positive, default=None, help="trials at a time (default: a quarter of all)"
     )
     parser.add_argument("--pruner", choices=("median", "hyperband"), default="median")
-    parser.add_argument("--storage", help="URL of a storage, such as sqlite:///digits.db")
+    parser.add_argument("--storage", help="a journal file, or a URL such as sqlite:///digits.db")
     parser.add_argument("--compare", action="store_true", help="search one trial at a time, too")
     parser.add_argument("--out", type=Path, help="directory for a report and Optuna's plots")
     parser.add_argument("--device", default="cpu", help="such as cpu or cuda (default cpu)")
@@ -91,6 +93,12 @@ def make_pruner(arguments: argparse.Namespace) -> BasePruner:
     if arguments.pruner == "hyperband":
         return HyperbandPruner(min_resource=2, max_resource=arguments.epochs)
     return MedianPruner(n_startup_trials=10, n_warmup_steps=3)
+
+
+def open_storage(given: str | None) -> BaseStorage | str | None:
+    if given is None or "://" in given:
+        return given
+    return JournalStorage(JournalFileBackend(given))
 
 
 def one_at_a_time(
@@ -177,7 +185,7 @@ def main() -> int:
     torch.optim.AdamW([torch.zeros(1)])  # torch loads much at the first optimizer; not timed
 
     sweep = OptunaSweep(
-        arguments.storage,
+        open_storage(arguments.storage),
         space,
         build,
         train,

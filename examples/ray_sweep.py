@@ -92,7 +92,7 @@ def run(trainable: Any, arguments: argparse.Namespace, bundle_size: int, name: s
             metric="val_accuracy",
             mode="max",
             search_alg=searcher,
-            num_samples=-1,
+            num_samples=math.ceil(arguments.trials / bundle_size),
             reuse_actors=True,
         ),
         run_config=tune.RunConfig(name=name, storage_path=str(arguments.out.resolve()), verbose=0),

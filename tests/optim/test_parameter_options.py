@@ -45,7 +45,7 @@ def _alone(cls: Any, model: nn.Module, lr: float) -> Any:
 def _difference(bundle: ModelBatch, models: list[nn.Module]) -> float:
     pairs = zip(bundle.models, models)
     return max(
-        float((p - q).abs().max())
+        float((p - q).detach().abs().max())
         for own, model in pairs
         for p, q in zip(own.parameters(), model.parameters())
     )
