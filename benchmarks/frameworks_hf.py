@@ -1,4 +1,4 @@
-"""16 tiny BERTs in one BundledTrainer against a Trainer for each, in turns."""
+"""Tiny BERTs through Hugging Face: one BundledTrainer against a Trainer for each, in turns."""
 
 import contextlib
 import io
@@ -9,30 +9,27 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from harness import compare
 
-MODELS, LAYERS, WIDTH, LENGTH, BATCH, STEPS = 16, 2, 64, 32, 16, 30
+LAYERS, WIDTH, LENGTH, BATCH = 2, 64, 32, 16
 
 
-def measure(rounds: int = 3, steps: int = STEPS) -> dict:
-    """Milliseconds of one training step of all models, see `harness.compare`.
+def measure(num_models: int, rounds: int = 3, steps: int = 30) -> dict:
+    """Milliseconds of one training step of all models, by way to train them.
 
     Args:
-        rounds: how often each side takes its turn.
+        num_models: how many.
+        rounds: how often each way takes its turn.
         steps: training steps in one turn.
-
-    Returns:
-        `{"separate": {...}, "bundled": {...}, "speedup": x}`; the reference is `separate`.
     """
-    from harness import compare
-
     with tempfile.TemporaryDirectory() as folder:
-        found = compare(_variants(folder, steps), rounds)
-    for own in found.values():
-        own.update({name: round(own[name] / steps, 4) for name in ("ms", "ms_min")})
-    return {**found, "speedup": round(1 / found["bundled"]["ratio"], 3)}
+        result = compare(_variants(folder, num_models, steps), rounds)
+    for row in result.values():
+        row.update({key: round(row[key] / steps, 4) for key in ("ms", "ms_min")})
+    return result
 
 
-def _variants(folder: str, steps: int) -> dict[str, Callable[[], object]]:
+def _variants(folder: str, num_models: int, steps: int) -> dict[str, Callable[[], object]]:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -59,35 +56,55 @@ def _variants(folder: str, steps: int) -> dict[str, Callable[[], object]]:
             )
         )
 
-    args = TrainingArguments(
-        folder,
-        max_steps=steps,
-        per_device_train_batch_size=BATCH,
-        learning_rate=1e-3,
-        warmup_steps=2,
-        logging_steps=500,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        use_cpu=True,
-        dataloader_pin_memory=False,
-    )
+    def arguments(rate: float, **options: Any) -> Any:
+        return TrainingArguments(
+            folder,
+            max_steps=steps,
+            per_device_train_batch_size=BATCH,
+            learning_rate=rate,
+            warmup_steps=2,
+            logging_steps=500,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=True,
+            dataloader_pin_memory=False,
+            **options,
+        )
+
     ids = torch.randint(5, 1000, (BATCH * steps, LENGTH))
     mask = torch.ones_like(ids[0])
     data = [
         {"input_ids": row, "attention_mask": mask, "labels": i % 2} for i, row in enumerate(ids)
     ]
-    alone = [Trainer(model(i), args, train_dataset=data) for i in range(MODELS)]
+    rates = [1e-3 * 1.1**i for i in range(num_models)]
+
+    def separate(**options: Any) -> list[Any]:
+        return [
+            Trainer(model(i), arguments(rate, **options), train_dataset=data)
+            for i, rate in enumerate(rates)
+        ]
+
+    alone, compiled = separate(), separate(torch_compile=True)
     together = BundledTrainer(
-        models=[model(i) for i in range(MODELS)],
-        args=args,
-        learning_rates=[1e-3 * 1.1**i for i in range(MODELS)],
+        models=[model(i) for i in range(num_models)],
+        args=arguments(1e-3),
+        learning_rates=rates,
         train_dataset=data,
     )
+    threads = torch.get_num_threads()
 
-    def quietly(trainers: list[Any]) -> None:
-        with contextlib.redirect_stdout(io.StringIO()):
+    def quietly(trainers: list[Any], num_threads: int = threads) -> None:
+        torch.set_num_threads(num_threads)
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             for trainer in trainers:
                 trainer.train()
+        torch.set_num_threads(threads)
 
-    return {"separate": lambda: quietly(alone), "bundled": lambda: quietly([together])}
+    return {
+        "BundledTrainer": lambda: quietly([together]),
+        "a Trainer each": lambda: quietly(alone),
+        "a Trainer each, one thread": lambda: quietly(alone, 1),
+        "a Trainer each, torch_compile": lambda: quietly(compiled),
+    }

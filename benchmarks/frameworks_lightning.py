@@ -1,9 +1,5 @@
-"""Sixteen small MLPs through Lightning: one BundleModule against a Trainer for each model.
+"""Small MLPs through Lightning: one BundleModule against a Trainer for each model, in turns."""
 
-python benchmarks/frameworks_lightning.py --rounds 5
-"""
-
-import argparse
 import logging
 import warnings
 from collections.abc import Callable
@@ -11,14 +7,14 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from bundle import mlp
-from harness import compare, save, show
+from harness import compare
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from modelbatch.integrations.lightning import BundleModule
 
-MODELS, WIDTHS, BATCH, BATCHES = 16, (20, 16, 16, 4), 32, 200
+BATCH, BATCHES = 32, 200
 
 
 class Single(LightningModule):
@@ -52,11 +48,11 @@ def trainer(clip: float | None) -> Trainer:
 
 
 def measure(
-    num_models: int = MODELS,
-    widths: tuple[int, ...] = WIDTHS,
+    num_models: int,
+    widths: tuple[int, ...],
+    rounds: int = 5,
     batch: int = BATCH,
     batches: int = BATCHES,
-    rounds: int = 5,
     clip: float | None = 1.0,
 ) -> dict:
     """Milliseconds per training step of all models, and ratios, by way to train them.
@@ -64,9 +60,9 @@ def measure(
     Args:
         num_models: how many.
         widths: of each MLP.
+        rounds: turns of each way, one after the other.
         batch: samples in a batch.
         batches: of an epoch; a turn is one `fit` of one epoch.
-        rounds: turns of each way, one after the other.
         clip: `gradient_clip_val`.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -87,30 +83,20 @@ def measure(
         for single in singles:
             trainer(clip).fit(single, loader)
 
+    threads = torch.get_num_threads()
+
+    def separately_on_one_thread() -> None:
+        torch.set_num_threads(1)
+        separately()
+        torch.set_num_threads(threads)
+
     ways: dict[str, Callable[[], object]] = {
-        "BundleModule, one Trainer": together,
-        f"{num_models} Trainers": separately,
+        "BundleModule": together,
+        "a Trainer each": separately,
+        "a Trainer each, one thread": separately_on_one_thread,
     }
     result = compare(ways, rounds)
     for row in result.values():
         for key in ("ms", "ms_min"):
             row[key] = round(row[key] / batches, 5)
     return result
-
-
-def main() -> None:
-    """Measure, print and save."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
-    args = parser.parse_args()
-    results = []
-    for count, widths in ((MODELS, WIDTHS), (1, WIDTHS), (MODELS, (784, 128, 10))):
-        result = measure(count, widths, rounds=args.rounds)
-        title = f"Lightning, MLP {'-'.join(map(str, widths))}, B={BATCH}, Adam, clip, M={count}"
-        show(f"{title}, per step (ratios to BundleModule)", result)
-        results.append({"workload": title, "models": count, "batch": BATCH, "variants": result})
-    print(save("frameworks_lightning", results))
-
-
-if __name__ == "__main__":
-    main()

@@ -11,6 +11,8 @@ PROGRAMS = (
     ["callbacks.py"],
     ["bench_rnn.py"],
     ["bench_step.py"],
+    ["bench_sweep.py"],
+    ["bench_frameworks.py"],
     ["conv.py", "--output", str(HERE / "results" / "conv.json")],
     ["conv.py", "--keep-memory", "--output", str(HERE / "results" / "conv_keep_memory.json")],
 )

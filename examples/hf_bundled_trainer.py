@@ -70,8 +70,9 @@ def positive(text: str) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", type=positive, default=16)
-    parser.add_argument("--epochs", type=positive, default=10)
+    parser.add_argument("--models", type=positive, default=16, help="how many (default 16)")
+    parser.add_argument("--epochs", type=positive, default=10, help="epochs (default 10)")
+    parser.add_argument("--seed", type=int, default=0, help="of data and weights (default 0)")
     flags = parser.parse_args()
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
@@ -105,13 +106,14 @@ def main() -> None:
                 load_best_model_at_end=True,  # every model its own best epoch
                 metric_for_best_model="accuracy",
                 logging_strategy="epoch",
+                seed=flags.seed,
                 report_to=[],
                 disable_tqdm=True,
                 log_level="error",
             ),
             model_init=lambda: BertForSequenceClassification(config),
             learning_rates=rates,
-            seeds=[0] * flags.models,  # they differ in nothing but the learning rate
+            seeds=[flags.seed] * flags.models,  # they differ in nothing but the learning rate
             train_dataset=train,
             eval_dataset=test,
             compute_metrics=accuracy,

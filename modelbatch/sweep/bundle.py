@@ -20,7 +20,7 @@ from ..optim import OptimizerFactory
 from ..structure import analyse
 from ..training.history import History
 from ..training.loop import Loop
-from ..training.position import _generators
+from ..training.position import generators_of
 from .assembly import assemble, seed_generators
 from .copying import copy_training
 from .gather import Settings
@@ -102,7 +102,7 @@ class TrialBundle:
         self._reference = seeded(settings.build, first.config, first.seed)
         self._reasons = Reasons()
         self._loop = self._make_loop(first)
-        self._generators = _generators([settings.train.loader, _loader(settings)])
+        self._generators = generators_of([settings.train.loader, _loader(settings)])
         self._random = self._first_random_state()
         self._begun = False
 

@@ -1,7 +1,6 @@
 """`run_sweep`: a list of configurations in, the results of all of them out."""
 
 import contextlib
-import copy
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,10 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ..callbacks import Callback
-from ..errors import ModelBatchError
-from ..random import check_seeds
-from ..training.validation import check_metrics
-from .data import Data
+from .arguments import check_settings
 from .gather import Settings
 from .journal import Journal
 from .ledger import Ledger
@@ -119,47 +115,30 @@ def run_sweep(
     """
     start = time.perf_counter()
     expanded = expand(configs)
-    _check_numbers(epochs, batch_size, bundle_size, checkpoint_every)
-    _check_words(mode, keep_weights, scheduler_interval)
-    for name, function in (("build", build), ("loss_fn", loss_fn), ("scheduler", scheduler)):
-        if not callable(function) and (name != "scheduler" or function is not None):
-            raise ModelBatchError(f"{name} must be callable, got {type(function).__name__}")
-    if pruner is not None and not (isinstance(pruner, Pruner) and not isinstance(pruner, type)):
-        raise ModelBatchError(f"pruner must have a method prune(epoch, values), got {pruner!r}")
-    metric = _check_metric(metric, val_data is not None, check_metrics(metric_fns))
-    try:
-        (seed,) = check_seeds([seed], 1) or [0]
-    except ModelBatchError as error:
-        raise ModelBatchError(f"seed: {error}") from error
-    place = None if device is None else torch.empty(0, device=device).device
-    train = Data("train_data", train_data, seed, place)
-    val = None if val_data is None else Data("val_data", val_data, seed, place)
-    trials = make_trials(
-        expanded,
-        seed=seed,
-        seeds=seeds,
+    settings, metric, defaults = check_settings(
+        build=build,
+        train_data=train_data,
+        val_data=val_data,
         epochs=epochs,
-        batch_size=batch_size if train.loader is None else None,
+        batch_size=batch_size,
+        bundle_size=bundle_size,
+        metric=metric,
+        mode=mode,
         optimizer_cls=optimizer_cls,
         loss_fn=loss_fn,
-    )
-    folder = None if directory is None else Path(directory)
-    settings = Settings(
-        build=build,
-        train=train,
-        val=val,
-        bundle_size=bundle_size if isinstance(bundle_size, int) else None,
         metric_fns=metric_fns,
-        callbacks=_callback_maker(callbacks),
+        pruner=pruner,
         scheduler=scheduler,
         scheduler_interval=scheduler_interval,
-        pruner=pruner,
-        keep_weights=keep_weights,
+        callbacks=callbacks,
         seed=seed,
-        device=place,
+        keep_weights=keep_weights,
+        directory=directory,
         checkpoint_every=checkpoint_every,
-        directory=folder,
+        device=device,
     )
+    trials = make_trials(expanded, seed=settings.seed, seeds=seeds, **defaults)
+    folder = settings.directory
     ledger = Ledger(trials, metric, mode)
     with contextlib.ExitStack() as stack:
         journal = None
@@ -220,57 +199,3 @@ def _restore(ledger: Ledger, journal: Journal | None, pruner: Any) -> None:
             told = ledger.oriented(record)
             if told:
                 pruner.prune(record["epoch"], told)
-
-
-# ---- checks
-
-
-def _check_numbers(epochs: Any, batch_size: Any, bundle_size: Any, checkpoint_every: Any) -> None:
-    numbers = {"epochs": epochs, "batch_size": batch_size, "checkpoint_every": checkpoint_every}
-    if bundle_size != "auto":
-        numbers["bundle_size"] = bundle_size
-    for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            auto = ' or "auto"' if name == "bundle_size" else ""
-            raise ModelBatchError(f"{name} must be a positive integer{auto}, got {value!r}")
-
-
-def _check_words(mode: Any, keep_weights: Any, scheduler_interval: Any) -> None:
-    for name, value, allowed in (
-        ("mode", mode, ("min", "max")),
-        ("keep_weights", keep_weights, ("last", "best", None)),
-        ("scheduler_interval", scheduler_interval, ("epoch", "step")),
-    ):
-        if value not in allowed:
-            words = ", ".join("None" if word is None else f'"{word}"' for word in allowed)
-            raise ModelBatchError(f"{name} must be one of {words}, got {value!r}")
-
-
-def _check_metric(metric: Any, validates: bool, metric_fns: Mapping[str, Any]) -> str:
-    prefix = "val_" if validates else ""
-    known = ["loss", *(["val_loss"] if validates else []), *(prefix + name for name in metric_fns)]
-    if metric is None:
-        return "val_loss" if validates else "loss"
-    if metric not in known:
-        hint = "" if validates else "; there is no val_data"
-        raise ModelBatchError(f"metric must be one of {', '.join(known)}, got {metric!r}{hint}")
-    return str(metric)
-
-
-def _callback_maker(callbacks: Any) -> Callable[[list[int]], Sequence[Callback]]:
-    if callbacks is None:
-        return lambda trials: []
-    if isinstance(callbacks, Callback):
-        callbacks = [callbacks]
-    if callable(callbacks):
-        return lambda trials: list(callbacks(trials))
-    if not isinstance(callbacks, Iterable) or isinstance(callbacks, str | Mapping):
-        raise ModelBatchError(
-            f"callbacks must be a list of callbacks or a function that makes one, got "
-            f"{type(callbacks).__name__}"
-        )
-    given = list(callbacks)
-    for callback in given:
-        if not isinstance(callback, Callback):
-            raise ModelBatchError(f"expected a Callback, got {callback!r}")
-    return lambda trials: copy.deepcopy(given)

@@ -12,7 +12,7 @@ from ..callbacks import BestModel, Callback
 from ..checkpoint import GlobalRandomState
 from ..optim import OptimizerFactory
 from ..training import fit
-from ..training.position import _generators
+from ..training.position import generators_of
 from .assembly import assemble, seed_generators
 from .follower import Follower
 from .gather import Gatherer, Kind, Settings
@@ -52,7 +52,7 @@ class Runner:
         self.weights, self.report = weights, report
         self.interrupted = False
         parts = (settings.train, settings.val)
-        self._generators = _generators([part.loader for part in parts if part is not None])
+        self._generators = generators_of([part.loader for part in parts if part is not None])
         self._beginning = [generator.get_state() for generator in self._generators]
         self.gatherer = Gatherer(self.trials, settings, ledger, self._generators, self._fail)
 

@@ -10,7 +10,7 @@ from ..checkpoint import GlobalRandomState
 from .history import History
 from .totals import Totals
 
-__all__ = ["Position"]
+__all__ = ["Position", "generators_of"]
 
 
 class Position:
@@ -45,7 +45,7 @@ class Position:
         self.totals = Totals()
         self.fetching = False
         self._loaders = list(loaders)
-        self._generators = _generators(loaders)
+        self._generators = generators_of(loaders)
         self._shared = GlobalRandomState()
         self._beginning: dict[str, Any] | None = None  # of this epoch
         self._before_validation: dict[str, Any] | None = None
@@ -147,7 +147,7 @@ class Position:
                 loader.load_state_dict(state)
 
 
-def _generators(loaders: Sequence[Any]) -> list[torch.Generator]:
+def generators_of(loaders: Sequence[Any]) -> list[torch.Generator]:
     """The generators that loaders and their samplers hold, each once."""
     found: dict[int, torch.Generator] = {}
     seen: set[int] = set()

@@ -12,9 +12,9 @@ from torch import nn
 
 from ...batch import ModelBatch
 from ...errors import ModelBatchError
+from ...sweep.arguments import check_count
 from .constraints import ConstraintSpec
 from .link import ask_marked
-from .plan import check_count
 from .pool import same_structure
 from .processes import Mark, new_mark, release
 from .recovery import ERROR, abandon, enqueue_lost, recover

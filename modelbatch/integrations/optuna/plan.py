@@ -14,16 +14,14 @@ from torch.optim.lr_scheduler import LRScheduler
 from ...callbacks import Callback
 from ...checkpoint import GlobalRandomState
 from ...errors import ModelBatchError
-from ...random import check_seeds, derive_seed
-from ...sweep.data import Data
+from ...random import derive_seed
+from ...sweep.arguments import check_count, check_functions, check_settings
 from ...sweep.gather import Settings
-from ...sweep.run import _callback_maker, _check_metric, _check_numbers, _check_words
 from ...sweep.sizing import automatic_size
 from ...sweep.trials import Trial, make_trial
-from ...training.position import _generators
-from ...training.validation import check_metrics
+from ...training.position import generators_of
 
-__all__ = ["Plan", "check_count", "make_plan"]
+__all__ = ["Plan", "make_plan"]
 
 # With "auto": a sampler learns from trials that have ended only.
 _SHARE, _LEAST, _MOST, _UNKNOWN = 4, 8, 256, 32
@@ -74,7 +72,7 @@ class Plan:
         train, device = self.settings.train, self.settings.device
         if device is None:
             device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        generators = _generators([train.loader])
+        generators = generators_of([train.loader])
         before = GlobalRandomState().state_dict()
         states = [generator.get_state() for generator in generators]
         try:
@@ -114,53 +112,28 @@ def make_plan(
     Raises:
         ModelBatchError: one that cannot be.
     """
-    _check_numbers(epochs, batch_size, bundle_size, 1)
     check_count("report_every", report_every)
     if value not in ("best", "last"):
         raise ModelBatchError(f'value must be "best" or "last", got {value!r}')
-    _check_words("min", keep_weights, scheduler_interval)
-    functions = {"space": space, "build": build, "loss_fn": loss_fn, "scheduler": scheduler}
-    for name, function in functions.items():
-        if not callable(function) and (name != "scheduler" or function is not None):
-            raise ModelBatchError(f"{name} must be callable, got {type(function).__name__}")
-    metric = _check_metric(metric, val_data is not None, check_metrics(metric_fns))
-    try:
-        (seed,) = check_seeds([seed], 1) or [0]
-    except ModelBatchError as error:
-        raise ModelBatchError(f"seed: {error}") from error
-    place = None if device is None else torch.empty(0, device=device).device
-    train = Data("train_data", train_data, seed, place)
-    settings = Settings(
+    check_functions(space=space)
+    settings, metric, defaults = check_settings(
         build=build,
-        train=train,
-        val=None if val_data is None else Data("val_data", val_data, seed, place),
-        bundle_size=None,
+        train_data=train_data,
+        val_data=val_data,
+        epochs=epochs,
+        batch_size=batch_size,
+        bundle_size=bundle_size,
+        metric=metric,
+        optimizer_cls=optimizer_cls,
+        loss_fn=loss_fn,
         metric_fns=metric_fns,
-        callbacks=_callback_maker(callbacks),
         scheduler=scheduler,
         scheduler_interval=scheduler_interval,
-        pruner=None,
-        keep_weights=keep_weights,
+        callbacks=callbacks,
         seed=seed,
-        device=place,
-        checkpoint_every=1,
-        directory=None if directory is None else Path(directory),
+        keep_weights=keep_weights,
+        directory=directory,
+        device=device,
     )
-    defaults = {
-        "epochs": epochs,
-        "batch_size": batch_size if train.loader is None else None,
-        "optimizer_cls": optimizer_cls,
-        "loss_fn": loss_fn,
-    }
-    size = bundle_size if isinstance(bundle_size, int) else None
+    size, settings.bundle_size = settings.bundle_size, None
     return Plan(settings, metric, value, report_every, size, defaults)
-
-
-def check_count(name: str, value: Any) -> None:
-    """Refuse what is no positive integer.
-
-    Raises:
-        ModelBatchError: naming the argument.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ModelBatchError(f"{name} must be a positive integer, got {value!r}")

@@ -16,12 +16,13 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ...callbacks import Callback
 from ...errors import ModelBatchError
+from ...sweep.arguments import check_count
 from ...sweep.progress import SweepProgress
 from ...sweep.result import SweepResult
 from ...sweep.weights import Weights
 from .ledger import StudyLedger
 from .link import Link, StudyCallback
-from .plan import check_count, make_plan
+from .plan import make_plan
 from .pool import Pool
 from .processes import new_mark, release
 from .recovery import Heartbeat, recover

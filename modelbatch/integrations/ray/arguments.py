@@ -12,13 +12,10 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ...callbacks import Callback
 from ...errors import ModelBatchError
-from ...random import check_seeds
-from ...sweep.data import Data
+from ...sweep.arguments import check_count, check_pruner, check_settings
 from ...sweep.gather import Settings
 from ...sweep.pruners import Pruner
-from ...sweep.run import _callback_maker, _check_metric, _check_words
 from ...sweep.trials import Trial, make_trial
-from ...training.validation import check_metrics
 from .pbt import BundlePBT
 from .rungs import RungBoard
 
@@ -93,51 +90,33 @@ def read_arguments(
     Raises:
         ModelBatchError: naming the argument.
     """
-    for name, function in (("build", build), ("loss_fn", loss_fn), ("scheduler", scheduler)):
-        if not callable(function) and (name != "scheduler" or function is not None):
-            raise ModelBatchError(f"{name} must be callable, got {type(function).__name__}")
-    counts = {"epochs": epochs, "batch_size": batch_size, "epochs_per_step": epochs_per_step}
-    for name, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ModelBatchError(f"{name} must be a positive integer, got {value!r}")
-    _check_words(mode, keep_weights, scheduler_interval)
-    if isinstance(pruner, type) or not isinstance(pruner, Pruner | RungBoard | None):
-        raise ModelBatchError(
-            f"pruner must be a RungBoard or have a method prune(epoch, values), got {pruner!r}"
-        )
+    check_count("epochs_per_step", epochs_per_step)
     if not isinstance(pbt, BundlePBT | None):
         raise ModelBatchError(f"pbt must be a BundlePBT, got {type(pbt).__name__}")
-    metric = _check_metric(metric, val_data is not None, check_metrics(metric_fns))
-    try:
-        (seed,) = check_seeds([seed], 1) or [0]
-    except ModelBatchError as error:
-        raise ModelBatchError(f"seed: {error}") from error
-    place = None if device is None else torch.empty(0, device=device).device
-    train = Data("train_data", train_data, seed, place)
     board = pruner if isinstance(pruner, RungBoard) else None
     own = None if isinstance(pruner, RungBoard) else pruner
-    settings = Settings(
+    if own is not None:
+        check_pruner(own, "be a RungBoard or ")
+    settings, metric, defaults = check_settings(
         build=build,
-        train=train,
-        val=None if val_data is None else Data("val_data", val_data, seed, place),
-        bundle_size=None,
+        train_data=train_data,
+        val_data=val_data,
+        epochs=epochs,
+        batch_size=batch_size,
+        metric=metric,
+        mode=mode,
+        optimizer_cls=optimizer_cls,
+        loss_fn=loss_fn,
         metric_fns=metric_fns,
-        callbacks=_callback_maker(callbacks),
+        pruner=own,
         scheduler=scheduler,
         scheduler_interval=scheduler_interval,
-        pruner=None,
-        keep_weights=None,
+        callbacks=callbacks,
         seed=seed,
-        device=place,
-        checkpoint_every=1,
-        directory=None,
+        keep_weights=keep_weights,
+        device=device,
     )
-    defaults = {
-        "epochs": epochs,
-        "batch_size": batch_size if train.loader is None else None,
-        "optimizer_cls": optimizer_cls,
-        "loss_fn": loss_fn,
-    }
+    settings.pruner = settings.keep_weights = None  # the actor's matter, not a bundle's
     return Arguments(
         settings, metric, mode, defaults, own, board, pbt, keep_weights, epochs_per_step
     )

@@ -11,6 +11,7 @@ import ray
 from ray.exceptions import RayActorError
 
 from ...errors import ModelBatchError
+from ...sweep.arguments import check_pruner
 from ...sweep.pruners import Pruner
 
 __all__ = ["Answer", "Board", "Record", "RungBoard"]
@@ -114,8 +115,7 @@ class RungBoard:
     """
 
     def __init__(self, pruner: Pruner, name: str | None = None) -> None:
-        if isinstance(pruner, type) or not isinstance(pruner, Pruner):
-            raise ModelBatchError(f"pruner must have a method prune(epoch, values), got {pruner!r}")
+        check_pruner(pruner)
         self.pruner = copy.deepcopy(pruner)
         reset = getattr(self.pruner, "reset", None)
         if reset is not None:

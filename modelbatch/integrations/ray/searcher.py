@@ -9,6 +9,7 @@ from typing import Any
 from ray.tune.search import Searcher
 
 from ...errors import ModelBatchError
+from ...sweep.arguments import check_count
 from ...sweep.trials import ENDED
 from .entries import TRIALS, Many
 from .space import SpaceSearcher, constants_of, merged, unresolved
@@ -51,11 +52,9 @@ class BundleSearcher(Searcher):
         metric: str | None = None,
         mode: str | None = None,
     ) -> None:
-        for name, value in (("bundle_size", bundle_size), ("num_trials", num_trials)):
-            if name == "num_trials" and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ModelBatchError(f"{name} must be a positive integer, got {value!r}")
+        check_count("bundle_size", bundle_size)
+        if num_trials is not None:
+            check_count("num_trials", num_trials)
         if searcher is None or isinstance(searcher, Mapping):
             searcher = SpaceSearcher(searcher, seed=seed, metric=metric, mode=mode)
         elif not isinstance(searcher, Searcher):

@@ -122,6 +122,43 @@ def test_tensorboard_through_report_to(tmp_path, monkeypatch) -> None:
     assert {"train/loss", "train/model_001_loss", "eval/loss", "eval/model_001_accuracy"} <= tags
 
 
+@pytest.mark.filterwarnings(
+    "ignore:.*:DeprecationWarning:wandb",
+    "ignore:.*:DeprecationWarning:google",
+    "ignore:.*:DeprecationWarning:pydantic",
+)
+def test_wandb_through_report_to(tmp_path, monkeypatch) -> None:
+    wandb = pytest.importorskip("wandb")
+    settings = {
+        "WANDB_MODE": "offline",
+        "WANDB_DIR": str(tmp_path),
+        "WANDB_SILENT": "true",
+        "WANDB_CONSOLE": "off",
+        "WANDB_PROJECT": "bundle",
+        **{f"WANDB_{name}_DIR": str(tmp_path / name) for name in ("CACHE", "DATA", "CONFIG")},
+    }
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    rows: list[dict[str, Any]] = []
+    log = wandb.sdk.wandb_run.Run.log
+    monkeypatch.setattr(
+        wandb.sdk.wandb_run.Run,
+        "log",
+        lambda run, data, *a, **k: (rows.append(data), log(run, data, *a, **k))[1],
+    )
+    trainer = _trainer(tmp_path, None, report_to=["wandb"], run_name="two")
+    trainer.train()
+    config = wandb.run.config
+    assert config["hidden_size"] == 16 and config["num_train_epochs"] == 2
+    assert config["model/num_parameters"] == trainer.model.num_parameters()
+    wandb.finish()
+    (steps, ends) = ([row for row in rows if name in row] for name in ("train/loss", "eval/loss"))
+    assert len(steps) == 4 and all("train/model_001_loss" in row for row in steps)
+    assert len(ends) == 2 and all("eval/model_001_accuracy" in row for row in ends)
+    (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    assert file.stat().st_size > 1000
+
+
 def test_what_loggers_ask_of_a_model(tmp_path) -> None:
     logged: list[dict[str, Any]] = []
     trainer = _trainer(tmp_path, None)

@@ -1,5 +1,8 @@
 """Settings of the tests with Lightning."""
 
+import os
+from collections.abc import Iterator
+
 import pytest
 
 # What Lightning says about itself, about small loaders, and about modules without a validation.
@@ -15,3 +18,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if "integrations/lightning" in item.path.as_posix():
             for text in WARNINGS:
                 item.add_marker(pytest.mark.filterwarnings(text))
+
+
+@pytest.fixture(autouse=True)
+def _environment_as_before() -> Iterator[None]:
+    """A Trainer of several processes tells other frameworks of itself by variables that stay."""
+    before = dict(os.environ)
+    yield
+    for name in set(os.environ) - set(before):
+        del os.environ[name]
+    os.environ.update(before)
