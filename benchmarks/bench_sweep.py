@@ -14,6 +14,7 @@ import contextlib
 import io
 import os
 import statistics
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -125,6 +126,11 @@ def two_jobs(trials: int, epochs: int, seed: int, data: Any) -> float:
 
 def under_ray(trials: int, epochs: int, seed: int, data: Any, share: float = 1.0) -> float:
     """Ray Tune with `OptunaSearch`; a trial has this share of a CPU, and processes are reused."""
+    with tempfile.TemporaryDirectory() as folder:
+        return _tuned(trials, epochs, seed, data, share, folder)
+
+
+def _tuned(trials: int, epochs: int, seed: int, data: Any, share: float, folder: str) -> float:
     from ray import tune
     from ray.tune.search import ConcurrencyLimiter
     from ray.tune.search.optuna import OptunaSearch
@@ -142,6 +148,12 @@ def under_ray(trials: int, epochs: int, seed: int, data: Any, share: float = 1.0
             self.own = new_config
             return True
 
+        def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
+            return {}
+
+        def load_checkpoint(self, checkpoint: Any) -> None:
+            pass
+
     search = OptunaSearch(space, metric="accuracy", mode="max", sampler=sampler(seed))
     cpus = os.cpu_count() or 1
     tuner = tune.Tuner(
@@ -153,7 +165,11 @@ def under_ray(trials: int, epochs: int, seed: int, data: Any, share: float = 1.0
             mode="max",
             reuse_actors=True,
         ),
-        run_config=tune.RunConfig(verbose=0),
+        run_config=tune.RunConfig(
+            verbose=0,
+            storage_path=folder,
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+        ),
     )
     return tuner.fit().get_best_result().metrics["accuracy"]
 
@@ -261,6 +277,7 @@ def main() -> None:
         for name in variants
     ]
     setting = {"trials": args.trials, "epochs": args.epochs, "batch_size": BATCH}
+    setting |= {"optuna": optuna.__version__, "ray": ray.__version__}
     print(save("sweep", [{**setting, "rounds": args.rounds}, *results]))
 
 

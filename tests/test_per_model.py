@@ -10,7 +10,12 @@ import torch.nn.functional as F
 from bundle_case import assert_relative, gradients, row
 from torch import Tensor, nn
 
-from modelbatch import BatchingError, FallbackWarning, ModelBatch, StructureMismatchError
+from modelbatch import (
+    BatchingError,
+    FallbackWarning,
+    ModelBatch,
+    StructureMismatchError,
+)
 
 # ---- plain numbers
 
@@ -242,9 +247,10 @@ def test_frozen_models_keep_written_buffers() -> None:
 
 
 class Branches(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, bias: float = 0.0) -> None:
         super().__init__()
         self.layer = nn.Linear(3, 3)
+        nn.init.constant_(self.layer.bias, bias)
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -258,7 +264,7 @@ class Branches(nn.Module):
 
 def test_a_branch_on_data_falls_back_to_the_loop_with_one_warning() -> None:
     torch.manual_seed(0)
-    models = [Branches().double() for _ in range(4)]
+    models = [Branches(10.0 * (-1) ** i).double() for i in range(4)]  # they go both ways
     bundle = ModelBatch(copy.deepcopy(models))
     x = torch.randn(5, 3, dtype=torch.float64)
     with pytest.warns(FallbackWarning, match="data-dependent control flow") as caught:
@@ -282,15 +288,16 @@ def test_a_branch_on_data_falls_back_to_the_loop_with_one_warning() -> None:
 
 def test_fallback_error_and_silent() -> None:
     x = torch.randn(5, 3)
-    strict = ModelBatch([Branches() for _ in range(2)], fallback="error")
+    models = [Branches(10.0), Branches(-10.0)]
+    strict = ModelBatch(copy.deepcopy(models), fallback="error")
     with pytest.raises(BatchingError, match="data-dependent"):
         strict(x)
     assert strict[0].count.item() == 0
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        ModelBatch([Branches() for _ in range(2)], fallback="silent")(x)
+        ModelBatch(copy.deepcopy(models), fallback="silent")(x)
     with pytest.raises(BatchingError):
-        ModelBatch([Branches() for _ in range(2)], fallback="error", base_batch=x)
+        ModelBatch(models, fallback="error", base_batch=x)
 
 
 class UsesVander(nn.Module):

@@ -15,6 +15,7 @@ from . import (
     random_ops,
     rewrites,
     rnn,
+    values,
 )
 from .autocast import install
 from .dense import GradMemory
@@ -41,4 +42,5 @@ __all__ = [
     "random_ops",
     "rewrites",
     "rnn",
+    "values",
 ]

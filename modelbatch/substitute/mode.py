@@ -22,6 +22,7 @@ from ..attributes import PerModelFloat
 from ..errors import BatchingError
 from ..random import Streams
 from ..weights import SampleWeights
+from .functions import FACTORIES, READS, computes, name_of
 
 Rule = Callable[["Call", Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
@@ -187,11 +188,11 @@ class Call(TorchFunctionMode):
             result = func(*args, **kwargs)
         except RuntimeError as error:
             return self.loop_over(func, args, kwargs, error)
-        made = self.batched_factories and func in _FACTORIES and isinstance(result, Tensor)
+        made = self.batched_factories and func in FACTORIES and isinstance(result, Tensor)
         if made and not self.is_batched(result):
             expanded = result.expand(self.num_models, *result.shape)
             return self.wrap(expanded.clone(memory_format=torch.contiguous_format))
-        if self.record is not None and _computes(func):
+        if self.record is not None and computes(func):
             self.record(name_of(func), "torch rule")
         return result
 
@@ -286,7 +287,7 @@ class Call(TorchFunctionMode):
         message = str(error)
         about_vmap = "vmap" in message or "atching rule" in message or "BatchedTensor" in message
         in_place = name.endswith("_") or name == "__setitem__" or "out" in kwargs
-        if self.level is None or not about_vmap or in_place:
+        if self.level is None or not about_vmap or in_place or func in READS:
             raise error
         if functorch.maybe_current_level() != self.level:
             raise error
@@ -412,25 +413,6 @@ def handles_per_model_numbers(rule: Rule) -> Rule:
     return rule
 
 
-_QUERIES = frozenset(
-    ["size", "dim", "numel", "stride", "is_floating_point", "is_complex", "is_contiguous"]
-)
-
-
-def _computes(func: Any) -> bool:
-    """Whether a call is an operation rather than a look at a tensor's shape or properties."""
-    name = getattr(func, "__name__", "")
-    return name not in _QUERIES and not name.startswith("__")
-
-
-def name_of(func: Any) -> str:
-    """The name a user would know a torch function by."""
-    name = getattr(func, "__name__", None)
-    if name == "__get__":
-        name = getattr(getattr(func, "__self__", None), "__name__", name)
-    return name or str(func)
-
-
 # ---- Python functions of torch that call other torch functions
 
 _CHECKS = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
@@ -471,26 +453,3 @@ def enter_all(functions: Iterable[Any]) -> None:
     """Register `enter` for composite functions that draw random numbers or call other rules."""
     for function in functions:
         RULES[function] = RANDOM_RULES[function] = enter
-
-
-_FACTORIES = frozenset(
-    {
-        torch.zeros,
-        torch.ones,
-        torch.empty,
-        torch.full,
-        torch.zeros_like,
-        torch.ones_like,
-        torch.empty_like,
-        torch.full_like,
-        torch.arange,
-        torch.eye,
-        torch.tensor,
-        Tensor.new_zeros,
-        Tensor.new_ones,
-        Tensor.new_empty,
-        Tensor.new_full,
-        Tensor.new_tensor,
-        Tensor.clone,
-    }
-)

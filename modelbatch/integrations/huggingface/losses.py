@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from ...inputs import per_model
 from .bundle import PreTrainedBundle
 
 _Base: Any = object  # Trainer comes after the mixin
@@ -23,7 +24,6 @@ class LossMixin(_Base):
     model: PreTrainedBundle
     losses_of_batch: Tensor | None = None
     """The models' losses `[M]` of the last batch, detached."""
-    _num_items: Any = None
 
     def compute_loss(
         self,
@@ -47,13 +47,14 @@ class LossMixin(_Base):
         pops = self.label_smoother is not None or self.compute_loss_func is not None
         labels = inputs.pop("labels") if pops and "labels" in inputs else None
         if self.model_accepts_loss_kwargs and num_items_in_batch is not None:
-            inputs = {**inputs, "num_items_in_batch": num_items_in_batch}
+            inputs = {**inputs, "num_items_in_batch": _of_each(num_items_in_batch)}
         outputs = model(**inputs)
-        self._num_items = num_items_in_batch
+        own_loss = self._smoothed_loss if labels is not None else None
         if self.compute_loss_func is not None:
-            loss = self.model.compute_loss(outputs, labels, self._custom_loss)
-        elif labels is not None:
-            loss = self.model.compute_loss(outputs, labels, self._smoothed_loss)
+            own_loss = self._custom_loss
+        if own_loss is not None:
+            targets = labels, _of_each(num_items_in_batch)
+            loss = self.model.compute_loss(outputs, targets, own_loss)
         else:
             if isinstance(outputs, dict) and "loss" not in outputs:
                 raise ValueError(
@@ -67,14 +68,21 @@ class LossMixin(_Base):
         return (loss, outputs) if return_outputs else loss
 
     # Methods, and not closures made for each batch: what is known of a loss is known by function.
-    def _custom_loss(self, outputs: Any, labels: Any) -> Tensor:
+    def _custom_loss(self, outputs: Any, targets: tuple[Any, Any]) -> Tensor:
         assert self.compute_loss_func is not None
-        return self.compute_loss_func(outputs, labels, num_items_in_batch=self._num_items)
+        labels, num_items = targets
+        return self.compute_loss_func(outputs, labels, num_items_in_batch=num_items)
 
-    def _smoothed_loss(self, outputs: Any, labels: Tensor) -> Tensor:
+    def _smoothed_loss(self, outputs: Any, targets: tuple[Tensor, Any]) -> Tensor:
         assert self.label_smoother is not None
+        labels, num_items = targets
         name = type(self.model.models[0]).__name__
         shifts = name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
         return self.label_smoother(
-            outputs, labels, shift_labels=shifts, num_items_in_batch=self._num_items
+            outputs, labels, shift_labels=shifts, num_items_in_batch=num_items
         )
+
+
+def _of_each(num_items: Any) -> Any:
+    """A number of items for all models as it is, and numbers `[M]` as the models' own."""
+    return per_model(num_items) if isinstance(num_items, Tensor) and num_items.dim() else num_items

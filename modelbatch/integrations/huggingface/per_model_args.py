@@ -15,7 +15,7 @@ OWN_SCHEDULE = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps")
 
 PER_MODEL = (
     *("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
-    *("optim_args", "max_grad_norm", "seed", *OWN_SCHEDULE),
+    *("optim_args", "max_grad_norm", "seed", "data_seed", *OWN_SCHEDULE),
 )
 """The fields of `TrainingArguments` that each model may have a value of its own for."""
 

@@ -19,6 +19,7 @@ from .evaluating import EvaluationMixin
 from .logs import LogMixin
 from .losses import LossMixin
 from .optimization import OptimizationMixin, bundle_optimizer, check_optimizer_kwargs
+from .orders import OrderMixin
 from .per_model_args import args_of_models, check_count
 from .refusals import refuse, refuse_accelerator
 from .saving import SavingMixin
@@ -29,7 +30,7 @@ __all__ = ["BundledTrainer", "HFTrainerMixin"]
 
 
 class HFTrainerMixin(
-    LossMixin, EvaluationMixin, SavingMixin, LogMixin, SearchMixin, OptimizationMixin
+    OrderMixin, LossMixin, EvaluationMixin, SavingMixin, LogMixin, SearchMixin, OptimizationMixin
 ):
     """Makes a Trainer train M models at once, each as if it had a Trainer of its own.
 
@@ -47,10 +48,12 @@ class HFTrainerMixin(
         per_model_args: M dicts of those training arguments in which models may differ:
             `learning_rate`, `weight_decay`, `adam_beta1`, `adam_beta2`, `adam_epsilon`,
             `optim_args`, `max_grad_norm`, `warmup_steps`, `lr_scheduler_type`,
-            `lr_scheduler_kwargs`, `seed`.
+            `lr_scheduler_kwargs`, `seed`, `data_seed`. Without a `data_seed` of their own all
+            models see the batches of the bundle's.
         optimizer_kwargs: M dicts of further options of the optimizer class, such as `momentum`.
-        seeds: M ints, by default `args.seed`, `args.seed + 1`, ...: with `model_init`, what
-            `set_seed` is called with before model i is made; and the seed of its dropout.
+        seeds: M ints, by default those in `per_model_args`, or `args.seed`, `args.seed + 1`, ...:
+            with `model_init`, what `set_seed` is called with before model i is made; and the seed
+            of its dropout. The order of the samples does not depend on them.
         rng: as for `ModelBatch`, when the bundle is made here.
         fallback: likewise.
         metric_summary: what `eval_loss` and other metrics of the whole bundle are: the value of
@@ -114,7 +117,7 @@ class HFTrainerMixin(
         self._options = {"rng": rng, "fallback": fallback}
         self._own_optimizer_kwargs = check_optimizer_kwargs(optimizer_kwargs, count)
         self.args_of_each = args_of_models(args, count, learning_rates, per_model_args)
-        self._seeds = self._seeds_of(args, seeds, count)
+        self._seeds = self._seeds_of(args, seeds, per_model_args, count)
         if isinstance(model, ModelBatch):
             own_options = learning_rates, per_model_args, optimizer_kwargs
             if model.optimizer is not None and any(own is not None for own in own_options):
@@ -122,7 +125,7 @@ class HFTrainerMixin(
                     "this ModelBatch has an optimizer already; give the options of models to one "
                     "of them, not both"
                 )
-            if seeds is not None:
+            if seeds is not None or any("seed" in (own or {}) for own in per_model_args or ()):
                 raise ModelBatchError("a ModelBatch has its seeds already: ModelBatch(seeds=...)")
             given["model"] = PreTrainedBundle.adopt(model)
         elif model is not None:
@@ -139,10 +142,16 @@ class HFTrainerMixin(
 
     @staticmethod
     def _seeds_of(
-        args: TrainingArguments, seeds: Sequence[int] | None, num_models: int
+        args: TrainingArguments,
+        seeds: Sequence[int] | None,
+        per_model_args: Sequence[Mapping[str, Any]] | None,
+        num_models: int,
     ) -> list[int]:
+        own = [(fields or {}).get("seed") for fields in per_model_args or [{}] * num_models]
         if seeds is None:
-            return [args.seed + i for i in range(num_models)]
+            return [args.seed + i if seed is None else int(seed) for i, seed in enumerate(own)]
+        if any(seed is not None for seed in own):
+            raise ModelBatchError("give seeds in seeds or per_model_args")
         return [int(seed) for seed in check_count("seeds", seeds, num_models)]
 
     # ---- models
@@ -202,7 +211,11 @@ class HFTrainerMixin(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> Tensor:
         """Trainer's own step, which also notes the loss of each model."""
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._splits = self._order_seeds is not None
+        try:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        finally:
+            self._splits = False
         losses = self.losses_of_batch
         assert losses is not None
         scaled = getattr(self, "loss_is_scaled_for_ga", None)
