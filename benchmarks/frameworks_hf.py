@@ -56,7 +56,7 @@ def _variants(folder: str, num_models: int, steps: int) -> dict[str, Callable[[]
             )
         )
 
-    def arguments(rate: float, **options: Any) -> Any:
+    def arguments(rate: float) -> Any:
         return TrainingArguments(
             folder,
             max_steps=steps,
@@ -69,7 +69,6 @@ def _variants(folder: str, num_models: int, steps: int) -> dict[str, Callable[[]
             disable_tqdm=True,
             use_cpu=True,
             dataloader_pin_memory=False,
-            **options,
         )
 
     ids = torch.randint(5, 1000, (BATCH * steps, LENGTH))
@@ -79,13 +78,14 @@ def _variants(folder: str, num_models: int, steps: int) -> dict[str, Callable[[]
     ]
     rates = [1e-3 * 1.1**i for i in range(num_models)]
 
-    def separate(**options: Any) -> list[Any]:
+    def separate() -> list[Any]:
         return [
-            Trainer(model(i), arguments(rate, **options), train_dataset=data)
-            for i, rate in enumerate(rates)
+            Trainer(model(i), arguments(rate), train_dataset=data) for i, rate in enumerate(rates)
         ]
 
-    alone, compiled = separate(), separate(torch_compile=True)
+    alone, compiled = separate(), separate()
+    for trainer in compiled:
+        trainer.model.compile()
     together = BundledTrainer(
         models=[model(i) for i in range(num_models)],
         args=arguments(1e-3),
@@ -106,5 +106,5 @@ def _variants(folder: str, num_models: int, steps: int) -> dict[str, Callable[[]
         "BundledTrainer": lambda: quietly([together]),
         "a Trainer each": lambda: quietly(alone),
         "a Trainer each, one thread": lambda: quietly(alone, 1),
-        "a Trainer each, torch_compile": lambda: quietly(compiled),
+        "a Trainer each, torch.compile": lambda: quietly(compiled),
     }

@@ -36,9 +36,9 @@ class OneByOne:
     def _loop(self, leaves: list[Any], batched: list[bool], spec: Spec) -> Any:
         """Call each model's own modules with its slice of the stacked tensors."""
         stack = self.stack
-        unbound = [stack.tensor(slot).unbind(0) for slot in stack.slots]
+        unbound = [_rows(stack.tensor(slot)) for slot in stack.slots]
         columns = [
-            leaf.unbind(0) if is_batched else (leaf,) * stack.num_models
+            _rows(leaf) if is_batched else (leaf,) * stack.num_models
             for leaf, is_batched in zip(leaves, batched)
         ]
         flat_results: list[list[Any]] = []
@@ -149,5 +149,10 @@ def _stack_rows(rows: list[list[Any]]) -> list[Any]:
         if any(t.shape != column[0].shape for t in column):
             shapes = [tuple(t.shape) for t in column]
             raise BatchingError(f"the models' outputs have different shapes: {shapes}")
-        results.append(torch.stack(column))
+        results.append(torch.stack(column) if len(column) > 1 else column[0].unsqueeze(0))
     return results
+
+
+def _rows(tensor: Tensor) -> tuple[Tensor, ...]:
+    """`[M, ...]` as M tensors. One model's gradient is a view then, and no copy."""
+    return tensor.unbind(0) if tensor.shape[0] > 1 else (tensor.squeeze(0),)

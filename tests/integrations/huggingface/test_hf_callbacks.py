@@ -139,6 +139,7 @@ def test_wandb_through_report_to(tmp_path, monkeypatch) -> None:
     }
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
+    wandb.teardown()  # another test may have started it with other settings
     rows: list[dict[str, Any]] = []
     log = wandb.sdk.wandb_run.Run.log
     monkeypatch.setattr(
@@ -152,6 +153,7 @@ def test_wandb_through_report_to(tmp_path, monkeypatch) -> None:
     assert config["hidden_size"] == 16 and config["num_train_epochs"] == 2
     assert config["model/num_parameters"] == trainer.model.num_parameters()
     wandb.finish()
+    wandb.teardown()  # the file is complete then
     (steps, ends) = ([row for row in rows if name in row] for name in ("train/loss", "eval/loss"))
     assert len(steps) == 4 and all("train/model_001_loss" in row for row in steps)
     assert len(ends) == 2 and all("eval/model_001_accuracy" in row for row in ends)

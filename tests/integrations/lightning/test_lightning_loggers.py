@@ -109,7 +109,8 @@ def test_tensorboard_with_a_curve_for_each_model(tmp_path):
     "ignore:.*:DeprecationWarning:pydantic",
 )
 def test_wandb_offline(tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
+    wandb.teardown()
     for name in ("CACHE", "DATA", "CONFIG"):
         monkeypatch.setenv(f"WANDB_{name}_DIR", str(tmp_path / name))
     monkeypatch.setenv("WANDB_SILENT", "true")
@@ -121,6 +122,7 @@ def test_wandb_offline(tmp_path, monkeypatch):
     monkeypatch.setattr(experiment, "log", lambda row, *a, **k: (rows.append(row), log(row))[1])
     fit(bundle(count=3), logger=logger, log_every_n_steps=5)
     experiment.finish()
+    wandb.teardown()
     histograms = [row for row in rows if "train_loss/models" in row]
     assert [row["trainer/global_step"] for row in histograms] == [4, 9]
     table = next(row["models"] for row in rows if "models" in row)
