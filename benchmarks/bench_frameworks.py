@@ -4,6 +4,7 @@ python benchmarks/bench_frameworks.py --rounds 3
 """
 
 import argparse
+import importlib.metadata
 
 import frameworks_hf
 import frameworks_lightning
@@ -15,7 +16,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
-    results = []
+    versions = {name: importlib.metadata.version(name) for name in ("transformers", "lightning")}
+    results: list[dict] = [{**versions, "rounds": args.rounds}]
 
     def note(workload: str, models: int, batch: int, result: dict) -> None:
         show(f"{workload}, M={models}, B={batch}, per step (ratios to the bundle)", result)
