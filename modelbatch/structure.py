@@ -286,3 +286,12 @@ def check_joining(
         _compare_slots(label, structure.slots, find_slots(*trees), reference[1], trees[1])
         found[slot] = trees[1]
     return found
+
+
+def same_structure(reference: nn.Module, model: nn.Module) -> bool:
+    """Whether two models can share a bundle."""
+    try:
+        analyse([reference, model])
+    except StructureMismatchError:
+        return False
+    return True

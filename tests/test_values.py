@@ -1,13 +1,15 @@
 """Python values of tensors in a forward: batched where all models have the same."""
 
 import copy
+import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 from bundle_case import assert_relative
 from torch import Tensor, nn
 
-from modelbatch import BatchingError, ModelBatch, per_model
+from modelbatch import BatchingError, FallbackWarning, ModelBatch, per_model
 
 
 class Branches(nn.Module):
@@ -24,6 +26,44 @@ class Branches(nn.Module):
         if mask.any():
             out = out.masked_fill(mask, 0.5)
         return out
+
+
+def test_a_branch_on_data_falls_back_to_the_loop_with_one_warning() -> None:
+    torch.manual_seed(0)
+    models = [Branches(10.0 * (-1) ** i).double() for i in range(4)]  # they go both ways
+    bundle = ModelBatch(copy.deepcopy(models))
+    x = torch.randn(5, 3, dtype=torch.float64)
+    with pytest.warns(FallbackWarning, match="data-dependent control flow") as caught:
+        first = bundle(x)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__  # it points at the user's line
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        second = bundle(x)
+    bundle.compute_loss(second, torch.zeros(5, dtype=torch.long)).backward()
+    for i, model in enumerate(models):
+        assert_relative(first[i], model(x), 1e-12)
+        F.cross_entropy(model(x), torch.zeros(5, dtype=torch.long)).backward()
+        assert_relative(bundle.gradients(i)["layer.weight"], model.layer.weight.grad, 1e-10)
+        assert bundle[i].count.item() == 2  # the failed attempt left no trace
+    report = bundle.explain(x)
+    assert report.fallbacks == ["data-dependent control flow"]
+    assert "model by model" in str(report)
+    assert bundle[0].count.item() == 2
+
+
+def test_fallback_error_and_silent() -> None:
+    x = torch.randn(5, 3)
+    models = [Branches(10.0), Branches(-10.0)]
+    strict = ModelBatch(copy.deepcopy(models), fallback="error")
+    with pytest.raises(BatchingError, match="data-dependent"):
+        strict(x)
+    assert strict[0].count.item() == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ModelBatch(copy.deepcopy(models), fallback="silent")(x)
+    with pytest.raises(BatchingError):
+        ModelBatch(models, fallback="error", base_batch=x)
 
 
 @pytest.mark.parametrize("bias", [10.0, -10.0])

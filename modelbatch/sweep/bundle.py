@@ -15,9 +15,9 @@ from torch.optim.lr_scheduler import LRScheduler
 from ..callbacks import BestModel
 from ..checkpoint import GlobalRandomState
 from ..checkpoint.reading import read
-from ..errors import CheckpointError, ModelBatchError, StructureMismatchError
+from ..errors import CheckpointError, ModelBatchError
 from ..optim import OptimizerFactory
-from ..structure import analyse
+from ..structure import same_structure
 from ..training.history import History
 from ..training.loop import Loop
 from ..training.position import generators_of
@@ -169,11 +169,7 @@ class TrialBundle:
             return False
         if self._begun and self.settings.train.loader is not None:
             return False
-        try:
-            analyse([self._reference, model])
-        except StructureMismatchError:
-            return False
-        return True
+        return same_structure(self._reference, model)
 
     # ---- training
 

@@ -13,8 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ..callbacks import Callback
 from ..checkpoint import GlobalRandomState
-from ..errors import StructureMismatchError
-from ..structure import analyse
+from ..structure import analyse, same_structure
 from .data import Data
 from .ledger import Ledger
 from .pruners import Pruner
@@ -123,7 +122,7 @@ class Gatherer:
         """
         try:
             for kind in self._kinds:
-                if kind.key == trial.key and _fits(kind.reference, model):
+                if kind.key == trial.key and same_structure(kind.reference, model):
                     kind.trials.add(trial.id)
                     return kind
             reference = seeded(self.settings.build, trial.config, trial.seed)
@@ -151,11 +150,3 @@ class Gatherer:
             for generator, state in zip(self._generators, states):
                 generator.set_state(state)
         return automatic_size(reference, trial, batch, device)
-
-
-def _fits(reference: nn.Module, model: nn.Module) -> bool:
-    try:
-        analyse([reference, model])
-    except StructureMismatchError:
-        return False
-    return True

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .trials import ENDED, Trial, TrialResult
+from .trials import ENDED, Trial, TrialResult, best_of, is_better
 
 __all__ = ["Ledger"]
 
@@ -96,12 +96,10 @@ class Ledger:
     def _look_at(self, result: TrialResult) -> None:
         """Note the last value if it is the best."""
         value = result.curves[self.metric][-1]
-        if math.isfinite(value) and (result.value is None or self.better(value, result.value)):
+        if math.isfinite(value) and (
+            result.value is None or is_better(value, result.value, self.mode)
+        ):
             result.value, result.epoch = value, result.epochs - 1
-
-    def better(self, value: float, other: float) -> bool:
-        """Whether a value of the metric is better than another one."""
-        return value < other if self.mode == "min" else value > other
 
     # ---- questions to it
 
@@ -124,13 +122,7 @@ class Ledger:
 
     def best(self) -> TrialResult | None:
         """The trial with the best value, those that diverged or failed left out."""
-        best: TrialResult | None = None
-        for result in self.results.values():
-            if result.value is None or result.status in ("diverged", "failed"):
-                continue
-            if best is None or best.value is None or self.better(result.value, best.value):
-                best = result
-        return best
+        return best_of(self.results.values(), self.mode)
 
     def counts(self) -> dict[str, int]:
         """How many trials there are in each state."""

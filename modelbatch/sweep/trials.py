@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,8 +20,10 @@ __all__ = [
     "ENDED",
     "Trial",
     "TrialResult",
+    "best_of",
     "describe",
     "expand",
+    "is_better",
     "make_trial",
     "make_trials",
 ]
@@ -97,6 +99,22 @@ class TrialResult:
         value = "" if self.value is None else f", value={self.value:.6g}, epoch={self.epoch}"
         error = f", error={self.error!r}" if self.error else ""
         return f"TrialResult({self.id}, {self.status}{value}, config={self.config}{error})"
+
+
+def is_better(value: float, other: float, mode: str) -> bool:
+    """Whether a value of the metric is better than another one."""
+    return value < other if mode == "min" else value > other
+
+
+def best_of(results: Iterable[TrialResult], mode: str) -> TrialResult | None:
+    """The first result with the best value, those that diverged or failed left out."""
+    best: TrialResult | None = None
+    for result in results:
+        if result.value is None or result.status in ("diverged", "failed"):
+            continue
+        if best is None or best.value is None or is_better(result.value, best.value, mode):
+            best = result
+    return best
 
 
 def expand(configs: Any) -> list[dict[str, Any]]:

@@ -134,7 +134,7 @@ class Stepper:
             if not any(used):
                 return self._nobody(batch, totals, clear)
             with mb._autocast(self.amp_dtype):
-                losses, outputs = self._losses(batch)
+                losses, outputs = losses_of(mb, batch, self.loss_fn)
             if clear:
                 mb.zero_grad()
             if isinstance(share, Tensor):
@@ -162,17 +162,18 @@ class Stepper:
             totals.add_count(batch)
         return zeros
 
-    def _losses(self, batch: Batch) -> tuple[Tensor, Any]:
-        mb = self.mb
-        outputs = mb._forward_of(batch.x)
-        try:
-            losses = mb.compute_loss(
-                outputs, batch.y, self.loss_fn, sample_weight=batch.weight, reduction="none"
-            )
-        except BaseException:
-            mb._forward.undo_last()
-            raise
-        return losses, outputs
+
+def losses_of(mb: "ModelBatch", batch: Batch, loss_fn: Callable[..., Tensor]) -> tuple[Tensor, Any]:
+    """The losses `[M]` of a batch, and the outputs; a loss that raises leaves no trace."""
+    outputs = mb._forward_of(batch.x)
+    try:
+        losses = mb.compute_loss(
+            outputs, batch.y, loss_fn, sample_weight=batch.weight, reduction="none"
+        )
+    except BaseException:
+        mb._forward.undo_last()
+        raise
+    return losses, outputs
 
 
 def weights_of(

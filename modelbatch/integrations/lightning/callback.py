@@ -1,5 +1,6 @@
 """What a Trainer does beside, when it trains a bundle."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -122,9 +123,7 @@ class BundleCallback(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Keep the batch, for its size, and the number of its loader if there are several."""
-        several = len(trainer.num_val_batches) > 1
-        pl_module._batch = batch
-        pl_module._dataloader_idx = dataloader_idx if several else None
+        _keep(pl_module, batch, dataloader_idx, trainer.num_val_batches)
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Log the results."""
@@ -145,15 +144,18 @@ class BundleCallback(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """As for a validation."""
-        several = len(trainer.num_test_batches) > 1
-        pl_module._batch = batch
-        pl_module._dataloader_idx = dataloader_idx if several else None
+        _keep(pl_module, batch, dataloader_idx, trainer.num_test_batches)
 
     def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Log the results."""
         results = pl_module._log_epoch("test")
         if pl_module.log_models != "none":
             log_models(trainer, pl_module, results, "test", max(trainer.global_step - 1, 0))
+
+
+def _keep(pl_module: Any, batch: Any, dataloader_idx: int, num_batches: Sequence[Any]) -> None:
+    pl_module._batch = batch
+    pl_module._dataloader_idx = dataloader_idx if len(num_batches) > 1 else None
 
 
 def _stop_if_nobody_trains(trainer: Any, pl_module: Any) -> None:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from ...loss import combine
-from ...training.batches import Batch, Reader
-from ...training.stepper import weights_of
+from ...training.batches import Reader
+from ...training.stepper import losses_of, weights_of
 from .logging import Logging
 from .optimization import Optimization
 from .recording import mean_of
@@ -54,7 +54,7 @@ class Steps(Optimization, Logging):
                 self._used_now = [count > 0 for count in weights.used]
                 if not any(self._used_now):
                     return self._nobody()
-            losses, _ = self._losses_of(own)
+            losses, _ = losses_of(self.bundle, own, self.loss_fn)
             loss = combine(losses, self.bundle._active_tensor, "mean")
         self._record("train_loss", losses, own.count, prog_bar=True, mean=loss.detach())
         return {"loss": loss, "losses": losses.detach()}
@@ -83,18 +83,6 @@ class Steps(Optimization, Logging):
         elif isinstance(batch, list | tuple) and len(batch) in (1, 2, 3):
             batch = batch[0]
         return self.bundle._forward_of(tuple(batch) if isinstance(batch, list) else batch)
-
-    def _losses_of(self, own: Batch) -> tuple[Tensor, Any]:
-        bundle = self.bundle
-        outputs = bundle._forward_of(own.x)
-        try:
-            losses = bundle.compute_loss(
-                outputs, own.y, self.loss_fn, sample_weight=own.weight, reduction="none"
-            )
-        except BaseException:
-            bundle._forward.undo_last()
-            raise
-        return losses, outputs
 
     def _nobody(self) -> dict[str, Tensor]:
         """What a batch gives in which no model has a sample: a loss without any gradient."""

@@ -12,10 +12,10 @@ from torch import nn
 
 from ...batch import ModelBatch
 from ...errors import ModelBatchError
+from ...structure import same_structure
 from ...sweep.arguments import check_count
 from .constraints import ConstraintSpec
 from .link import ask_marked
-from .pool import same_structure
 from .processes import Mark, new_mark, release
 from .recovery import ERROR, abandon, enqueue_lost, recover
 from .studies import Budget, optimize_loop, warn_of_sampler

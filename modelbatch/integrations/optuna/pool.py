@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from ...callbacks import BestModel
-from ...errors import ModelBatchError, StructureMismatchError
-from ...structure import analyse
+from ...errors import ModelBatchError
+from ...structure import same_structure
 from ...sweep.bundle import Round, TrialBundle
 from ...sweep.sizing import is_out_of_memory
 from ...sweep.weights import Weights
@@ -236,12 +236,3 @@ class Pool:
             members = [(live, model) for live, model in built if model is not None]
             if members:
                 self._start(members, alone=True)
-
-
-def same_structure(reference: nn.Module, model: nn.Module) -> bool:
-    """Whether two models can share a bundle."""
-    try:
-        analyse([reference, model])
-    except StructureMismatchError:
-        return False
-    return True

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from ...sweep.trials import ENDED, TrialResult
+from ...sweep.trials import ENDED, TrialResult, best_of, is_better
 from .entries import Entry
 
 __all__ = ["Table"]
@@ -39,14 +39,10 @@ class Table:
         value = values[self.metric]
         if not math.isfinite(value):
             return False
-        if result.value is not None and not self.better(value, result.value):
+        if result.value is not None and not is_better(value, result.value, self.mode):
             return False
         result.value, result.epoch = value, result.epochs - 1
         return True
-
-    def better(self, value: float, other: float) -> bool:
-        """Whether a value of the metric is better than another one."""
-        return value < other if self.mode == "min" else value > other
 
     def fail(self, number: int, error: str) -> None:
         """A model cannot be trained."""
@@ -58,13 +54,7 @@ class Table:
 
     def best(self) -> TrialResult | None:
         """The model with the best value, those that diverged or failed left out."""
-        best: TrialResult | None = None
-        for result in self.results.values():
-            if result.value is None or result.status in ("diverged", "failed"):
-                continue
-            if best is None or best.value is None or self.better(result.value, best.value):
-                best = result
-        return best
+        return best_of(self.results.values(), self.mode)
 
     def rows(self, numbers: Iterable[int], copied: Iterable[int] = ()) -> list[dict[str, Any]]:
         """What is told of models after an epoch, with the last number of each curve."""
