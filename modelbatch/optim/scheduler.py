@@ -113,17 +113,19 @@ class PerModelLRScheduler(LRScheduler):
         self._takes_metrics = [_takes_metrics(scheduler) for scheduler in schedulers]
         self._begun = False
 
-    def step(self, metrics: Any = None) -> None:
+    def step(self, metrics: Any = None, *, models: Iterable[int] | None = None) -> None:
         """Takes one step of the schedule of every model that is not frozen.
 
         Args:
             metrics: what `ReduceLROnPlateau` watches: M numbers (a tensor `[M]`, an array, a list),
                 or one number for all models. Other schedulers are stepped without; a model that
                 needs none may have None. NaN is no improvement, as in torch.
+            models: only these; by default all. What a gradient scaler made skip its step may wait.
 
         Raises:
-            ModelBatchError: metrics are missing or of a wrong count, and nothing has changed; or a
-                model's scheduler failed, and those of the other models have taken their step.
+            ModelBatchError: no such model, or metrics are missing or of a wrong count, and nothing
+                has changed; or a model's scheduler failed, and those of the other models have taken
+                their step.
         """
         # The bundle's own flags: a model that a gradient scaler has given up is not frozen.
         active = self.optimizer._views._active()
@@ -131,7 +133,10 @@ class PerModelLRScheduler(LRScheduler):
             raise ModelBatchError(
                 f"{len(self.schedulers)} schedules do not fit a bundle of {len(active)} models"
             )
-        moving = [i for i, flag in enumerate(active) if flag]
+        chosen = range(len(active))
+        if models is not None:
+            chosen = {self.optimizer._model_index(i) for i in models}  # type: ignore[assignment]
+        moving = [i for i, flag in enumerate(active) if flag and i in chosen]
         values = self._metrics_per_model(metrics, moving)
         self.last_epoch += 1
         if self._begun:

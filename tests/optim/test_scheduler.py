@@ -25,7 +25,7 @@ from schedules import (
 from torch import nn
 from torch.optim import lr_scheduler as schedulers
 
-from modelbatch import ModelBatch
+from modelbatch import ModelBatch, ModelBatchError
 from modelbatch.optim.scheduler import create_lr_scheduler
 
 
@@ -334,3 +334,16 @@ def test_a_diverged_models_schedule_goes_on():
         scaler.update()
         scheduler.step()
     assert scheduler.get_last_lr() == [lr * 0.5**4 for lr in (0.1, 0.03, 0.01)]
+
+
+def test_a_step_of_some_models():
+    bundle, _, _ = new_bundle("sgd_momentum")
+    scheduler = create_lr_scheduler(bundle.optimizer, schedulers.ExponentialLR, {"gamma": 0.5})
+    before = scheduler.get_last_lr()
+    bundle.train_step(*batch(0))
+    scheduler.step(models=[0, -1])
+    factors = [new / old for new, old in zip(scheduler.get_last_lr(), before)]
+    assert factors == [0.5, *[1.0] * (NUM_MODELS - 2), 0.5]
+    with pytest.raises(ModelBatchError, match=str(NUM_MODELS)):
+        scheduler.step(models=[NUM_MODELS])
+    assert [own.last_epoch for own in scheduler.schedulers] == [1, *[0] * (NUM_MODELS - 2), 1]

@@ -2,7 +2,8 @@
 
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,12 @@ from transformers import TrainingArguments, get_scheduler
 from transformers.trainer_optimizer import is_optimizer_factory
 
 from ...errors import ModelBatchError
-from ...optim import BundleGradScaler, OptimizerFactory, clip_grad_norm_
+from ...optim import (
+    BundleGradScaler,
+    OptimizerFactory,
+    PerModelLRScheduler,
+    clip_grad_norm_,
+)
 from ...optim.base import PerModelOptimizer
 from .bundle import PreTrainedBundle
 from .per_model_args import OWN_SCHEDULE, check_count
@@ -51,6 +57,31 @@ class PlateauOfEach(ReduceLROnPlateau):
         self.each.load_state_dict(state_dict)
 
 
+class WaitingOfEach:
+    """The schedules of all models under float16: that of a model which skips its step waits.
+
+    As Trainer's own does for its model, unless the optimizer is a fused one.
+
+    Args:
+        each: the schedules, see `OptimizerFactory.create_lr_scheduler`.
+        skipped: says of each model whether its last step was skipped.
+    """
+
+    def __init__(self, each: PerModelLRScheduler, skipped: Callable[[], Sequence[bool]]):
+        self.each, self._skipped = each, skipped
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.each, name)
+
+    def step(self) -> None:
+        """Step the schedules of the models whose weights have moved."""
+        moved = [i for i, skipped in enumerate(self._skipped()) if not skipped]
+        with warnings.catch_warnings():
+            # accelerate puts methods of its own around the step, and takes torch's mark off it
+            warnings.filterwarnings("ignore", message="Seems like `optimizer.step")
+            self.each.step(models=moved)
+
+
 def bundle_optimizer(optimizer: Any) -> PerModelOptimizer:
     """The bundle's own optimizer behind those that wrap it.
 
@@ -78,6 +109,8 @@ class OptimizationMixin(_Base):
     lr_scheduler: Any
     grad_norms: Tensor | None = None
     """The models' gradient norms `[M]` before clipping, of the last step."""
+    _scales: Sequence[float] = ()
+    """The models' loss scales before the step at hand, under float16."""
 
     def create_accelerator_and_postprocess(self) -> None:
         """As in Trainer; a gradient scaler has one scale per model."""
@@ -153,7 +186,12 @@ class OptimizationMixin(_Base):
             for name in OWN_SCHEDULE
         )
         plateau = self.args.lr_scheduler_type == "reduce_lr_on_plateau"
-        if not own_schedules and not plateau:
+        inner: Any = bundle_optimizer(optimizer or self.optimizer)
+        scaler = self.accelerator.scaler
+        # of a fused optimizer, which skips steps by itself, accelerate does not know that it did
+        fused = bool(inner.param_groups[0].get("fused"))
+        waits = scaler is not None and scaler.is_enabled() and not fused
+        if not own_schedules and not plateau and not waits:
             return super().create_scheduler(num_training_steps, optimizer)
         plateaus = {a.lr_scheduler_type == "reduce_lr_on_plateau" for a in self.args_of_each}
         if len(plateaus) > 1:
@@ -172,11 +210,19 @@ class OptimizationMixin(_Base):
                 scheduler_specific_kwargs=args.lr_scheduler_kwargs,
             )
 
-        inner: Any = bundle_optimizer(optimizer or self.optimizer)
         each: Any = OptimizerFactory.create_lr_scheduler(inner, build)
-        self.lr_scheduler = PlateauOfEach(each, self._values_to_watch) if plateau else each
+        if plateau:
+            each = PlateauOfEach(each, self._values_to_watch)
+        elif waits:
+            each = WaitingOfEach(each, self._skipped)
+        self.lr_scheduler = each
         self._created_lr_scheduler = True
         return self.lr_scheduler
+
+    def _skipped(self) -> list[bool]:
+        """Whose gradients overflowed in the last step, which lowers a scale."""
+        before, now = self._scales, self.accelerator.scaler.get_scale()
+        return [new < old for new, old in zip(now, before, strict=True)]
 
     def _values_to_watch(self) -> Tensor:
         raise NotImplementedError
@@ -193,6 +239,8 @@ class OptimizationMixin(_Base):
         return torch.where(counted, norms, torch.zeros_like(norms)).sum() / counted.sum()
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        if isinstance(self.lr_scheduler, WaitingOfEach):
+            self._scales = self.accelerator.scaler.get_scale()
         return self._clip_grad_norm(model) if grad_norm is None else grad_norm
 
     @staticmethod
