@@ -57,6 +57,36 @@ def test_eight_berts_equal_eight_trainers(tmp_path, optim) -> None:
     assert bundled.model.optimizer.parameter_options  # some do not decay, by the user's names
 
 
+@pytest.mark.parametrize("optim", ["adamw_torch", "sgd"])
+def test_single_precision_errs_as_little_as_trainers_do(tmp_path, optim) -> None:
+    """Against Trainers that compute in float64 from the same float32 weights."""
+    options = {
+        "optim": optim,
+        "gradient_accumulation_steps": 2,
+        "warmup_steps": 2,
+        "max_grad_norm": 0.5,
+        "num_train_epochs": 2,
+        "learning_rate": 1e-3 if optim == "adamw_torch" else 0.1,
+    }
+    data = texts(24)
+    bundled = BundledTrainer(
+        models=berts(3, torch.float32), args=arguments(tmp_path, **options), train_dataset=data
+    )
+    bundled.train()
+    for i in range(3):
+        weights = []
+        for dtype in (torch.float64, torch.float32):
+            model = berts(3, torch.float32)[i].to(dtype)
+            Trainer(model, arguments(tmp_path, **options), train_dataset=data).train()
+            weights.append(torch.cat([p.detach().double().flatten() for p in model.parameters()]))
+        exact, alone = weights
+        own = bundled.model.models[i].parameters()
+        mine = torch.cat([p.detach().double().flatten() for p in own])
+        error = (alone - exact).norm()
+        assert 0 < error < 1e-3 * exact.norm()
+        assert (mine - exact).norm() <= 2 * error, f"model {i}"
+
+
 def test_the_gradient_clip_matters(tmp_path) -> None:
     def norms(limit: float) -> list[float]:
         args = arguments(tmp_path, optim="sgd", max_grad_norm=limit, learning_rate=1.0)
