@@ -11,6 +11,7 @@ alone after `torch.manual_seed(seeds[i])`. Slower; for audits.
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -177,6 +178,33 @@ class Streams:
     def restore(self, snapshot: tuple[Tensor, list[list[Tensor]]]) -> None:
         """Go back to an earlier position of all streams."""
         self.step, self.states = snapshot[0], [list(states) for states in snapshot[1]]
+        self.op_index = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the streams are: plain values and tensors on the CPU."""
+        return {
+            "kind": self.kind,
+            "seeds": list(self.seeds),
+            "step": self.step.cpu().clone(),
+            "states": [[own.cpu().clone() for own in states] for states in self.states],
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` of streams of this kind returned, on this device."""
+        saved = Streams(self.kind, state_dict["seeds"], self.device)
+        saved.step = state_dict["step"].to(self.device)
+        for mine, states in zip(saved.states, state_dict["states"]):
+            # a generator that the saved bundle's device did not have begins with the seed
+            for which, state in enumerate(states[: len(mine)]):
+                mine[which] = state.cpu()
+        self.become(saved)
+
+    def become(self, other: "Streams") -> None:
+        """Take over seeds and positions of streams of this kind and device."""
+        self.seeds, self.seed, self.step, self.states = (
+            *(other.seeds, other.seed),
+            *(other.step, other.states),
+        )
         self.op_index = 0
 
     def finish_call(

@@ -270,9 +270,7 @@ class _Change:
 
     def _apply_streams(self) -> None:
         if self._streams is not None:
-            own, new = self._bundle._streams, self._streams
-            own.seeds, own.seed, own.step, own.states = new.seeds, new.seed, new.step, new.states
-            own.op_index = 0
+            self._bundle._streams.become(self._streams)
 
     def _apply_modes(self) -> None:
         bundle = self._bundle

@@ -94,14 +94,10 @@ class SavingMixin(_Base):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        streams = self.model._streams
         state = {
             "model_ids": self.model.model_ids,
-            "seeds": self.model.seeds,
             "active": self.model.active.cpu(),
-            "rng": streams.kind,
-            "steps": streams.step.cpu(),
-            "generators": [[state.cpu() for state in own] for own in streams.states],
+            "streams": self.model._streams.state_dict(),
             "best": None if self.best is None else self.best.state_dict(),
             "callbacks": [callback.state_dict() for callback in self._bundle_callbacks()],
         }
@@ -145,13 +141,8 @@ class SavingMixin(_Base):
         flags = state["active"].tolist()
         for flag, change in ((True, bundle.unfreeze), (False, bundle.freeze)):
             change([i for i, active in enumerate(flags) if active == flag])
-        if state["rng"] == streams.kind and state["seeds"] == bundle.seeds:
-            device = streams.device
-            generators = [
-                [own[0], *([own[1]] if len(own) > 1 and device.type == "cuda" else [])]
-                for own in state["generators"]
-            ]
-            streams.restore((state["steps"].to(device), generators))
+        if state["streams"]["kind"] == streams.kind and state["streams"]["seeds"] == bundle.seeds:
+            streams.load_state_dict(state["streams"])
         if state["best"] is not None and self.best is not None:
             self.best.load_state_dict(state["best"])
         for callback, own in zip(self._bundle_callbacks(), state["callbacks"]):

@@ -12,7 +12,6 @@ from torch import Tensor
 from ...callbacks.report import hyper_parameters
 from ...checkpoint.global_random import GlobalRandomState
 from ...errors import CheckpointError
-from ...random import Streams
 from .recording import Means
 
 if TYPE_CHECKING:
@@ -47,7 +46,7 @@ class Checkpointing(LightningModule):
 
         It consists of plain values and tensors, so that `weights_only=True` reads it.
         """
-        bundle, streams = self.bundle, self.bundle._streams
+        bundle = self.bundle
         content: dict[str, Any] = {
             "format_version": _FORMAT,
             "num_models": len(bundle),
@@ -58,12 +57,7 @@ class Checkpointing(LightningModule):
             "model_hparams": None
             if self.model_hparams is None
             else [_plain(own) for own in self.model_hparams],
-            "streams": {
-                "kind": streams.kind,
-                "seeds": list(streams.seeds),
-                "step": streams.step.cpu(),
-                "states": [[own.clone() for own in states] for states in streams.states],
-            },
+            "streams": bundle._streams.state_dict(),
             "means": self._means.state_dict("train"),
         }
         if hasattr(self.router, "state_dict"):
@@ -92,15 +86,15 @@ class Checkpointing(LightningModule):
                 f"the checkpoint's '{KEY}' has format version {content['format_version']}, this"
                 f" release reads {_FORMAT}"
             )
+        bundle, streams = self.bundle, self.bundle._streams
+        kind = content["streams"]["kind"]
+        if kind != streams.kind:
+            raise CheckpointError(
+                f"the checkpoint's random streams are rng={kind!r}, the bundle's are "
+                f"rng={streams.kind!r}"
+            )
         self._follow_ids(content)
-        bundle = self.bundle
-        streams = _streams(content["streams"], bundle._streams)
-        own = bundle._streams
-        own.seeds, own.seed, own.step, own.states = (
-            *(streams.seeds, streams.seed),
-            *(streams.step, streams.states),
-        )
-        own.op_index = 0
+        streams.load_state_dict(content["streams"])
         bundle._ids = list(content["model_ids"])
         bundle._next_id = max(bundle._next_id, int(content["next_id"]))
         for value in (False, True):
@@ -112,7 +106,7 @@ class Checkpointing(LightningModule):
         if "router" in content and hasattr(self.router, "load_state_dict"):
             self.router.load_state_dict(content["router"])
         if self._fits():
-            self._means.load_state_dict("train", content["means"], own.device)
+            self._means.load_state_dict("train", content["means"], streams.device)
             if "random" in content:
                 GlobalRandomState().load_state_dict(_generators(content["random"]))
 
@@ -136,26 +130,6 @@ class Checkpointing(LightningModule):
                 f" {len(bundle)}; give it num_models={len(saved)}"
             )
         bundle.prune(gone)
-
-
-def _streams(record: Mapping[str, Any], own: Streams) -> Streams:
-    """The saved streams on the device of the bundle's.
-
-    Raises:
-        CheckpointError: they are of another kind.
-    """
-    if record["kind"] != own.kind:
-        raise CheckpointError(
-            f"the checkpoint's random streams are rng={record['kind']!r}, the bundle's are "
-            f"rng={own.kind!r}"
-        )
-    streams = Streams(own.kind, record["seeds"], own.device)
-    streams.step = record["step"].to(own.device)
-    for mine, saved in zip(streams.states, record["states"]):
-        # a generator that the saved bundle's device did not have begins with the seed
-        for which, state in enumerate(saved[: len(mine)]):
-            mine[which] = state.cpu()
-    return streams
 
 
 def _plain(value: Any) -> Any:
