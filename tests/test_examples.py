@@ -1,13 +1,10 @@
 """The programs under examples/, run as a user runs them."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from example_case import ROOT, run
 
-ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = (
     "simple_demo.py",
     "quick_consistency_test.py",
@@ -15,20 +12,6 @@ EXAMPLES = (
     "lstm_sweep.py",
     "lightning_example.py",
 )
-
-
-def run(script: str, *flags: str) -> "subprocess.CompletedProcess[str]":
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    settings = {"PYTHONPATH": path, "NO_COLOR": "1", "PYTHONIOENCODING": "utf-8"}
-    # On a busy machine the threads of such small networks mostly wait for each other.
-    settings["OMP_NUM_THREADS"] = "1"
-    return subprocess.run(
-        [sys.executable, "-W", "error::UserWarning", str(ROOT / "examples" / script), *flags],
-        env={**os.environ, **settings},
-        capture_output=True,
-        encoding="utf-8",
-        timeout=300,
-    )
 
 
 def test_simple_demo_trains_every_model_and_finds_both_trainings_equal() -> None:

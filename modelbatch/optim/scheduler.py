@@ -133,10 +133,10 @@ class PerModelLRScheduler(LRScheduler):
             raise ModelBatchError(
                 f"{len(self.schedulers)} schedules do not fit a bundle of {len(active)} models"
             )
-        chosen = range(len(active))
+        moving = [i for i, flag in enumerate(active) if flag]
         if models is not None:
-            chosen = {self.optimizer._model_index(i) for i in models}  # type: ignore[assignment]
-        moving = [i for i, flag in enumerate(active) if flag and i in chosen]
+            chosen = {self.optimizer._model_index(i) for i in models}
+            moving = [i for i in moving if i in chosen]
         values = self._metrics_per_model(metrics, moving)
         self.last_epoch += 1
         if self._begun:

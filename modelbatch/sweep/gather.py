@@ -12,12 +12,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ..callbacks import Callback
-from ..checkpoint import GlobalRandomState
 from ..structure import analyse, same_structure
 from .data import Data
 from .ledger import Ledger
 from .pruners import Pruner
-from .sizing import automatic_size
+from .sizing import measured_size
 from .trials import Trial
 from .weights import seeded
 
@@ -63,7 +62,6 @@ class Gatherer:
         trials: of the sweep, by id.
         settings: for all of them.
         ledger: says which trials have not begun.
-        generators: of the loaders; looking at a batch leaves them as they are.
         fail: records that a trial failed.
     """
 
@@ -72,12 +70,11 @@ class Gatherer:
         trials: Mapping[int, Trial],
         settings: Settings,
         ledger: Ledger,
-        generators: Sequence[torch.Generator],
         fail: Callable[[int, BaseException], None],
     ) -> None:
         self.trials, self.settings, self.ledger = trials, settings, ledger
-        self.halves: deque[list[int]] = deque()  # of bundles that could not be trained
-        self._generators, self._fail = list(generators), fail
+        self.halves: deque[Sequence[int]] = deque()  # of bundles that could not be trained
+        self._fail = fail
         self._kinds: list[Kind] = []
 
     def next(self) -> tuple[Kind | None, list[Trial], list[nn.Module]] | None:
@@ -138,15 +135,4 @@ class Gatherer:
         settings = self.settings
         if settings.bundle_size is not None:
             return settings.bundle_size
-        device = settings.device
-        if device is None:
-            device = next((p.device for p in reference.parameters()), torch.device("cpu"))
-        random_state = GlobalRandomState().state_dict()
-        states = [generator.get_state() for generator in self._generators]
-        try:
-            batch = next(iter(settings.train.training(trial.batch_size)), None)
-        finally:
-            GlobalRandomState().load_state_dict(random_state)
-            for generator, state in zip(self._generators, states):
-                generator.set_state(state)
-        return automatic_size(reference, trial, batch, device)
+        return measured_size(reference, trial, settings.train, settings.device)

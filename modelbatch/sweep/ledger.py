@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .trials import ENDED, Trial, TrialResult, best_of, is_better
+from .trials import ENDED, Trial, TrialResult, best_of, is_better, oriented
 
 __all__ = ["Ledger"]
 
@@ -116,8 +116,7 @@ class Ledger:
         told = {}
         for trial, value in zip(record["trials"], map(float, record["values"][self.metric])):
             if record["ended"].get(str(trial)) not in ("diverged", "stopped"):
-                finite = math.isfinite(value)
-                told[trial] = (value if self.mode == "min" else -value) if finite else math.inf
+                told[trial] = oriented(value, self.mode)
         return told
 
     def best(self) -> TrialResult | None:

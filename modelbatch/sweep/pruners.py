@@ -49,8 +49,8 @@ class MedianPruner:
     """
 
     def __init__(self, warmup_epochs: int = 1, min_trials: int = 4) -> None:
-        self.warmup_epochs = _whole("warmup_epochs", warmup_epochs, 0)
-        self.min_trials = _whole("min_trials", min_trials, 2)
+        self.warmup_epochs = whole_number("warmup_epochs", warmup_epochs, 0)
+        self.min_trials = whole_number("min_trials", min_trials, 2)
         self.reset()
 
     def reset(self) -> None:
@@ -86,8 +86,8 @@ class SuccessiveHalving:
     """
 
     def __init__(self, min_epochs: int = 1, reduction_factor: int = 3) -> None:
-        self.min_epochs = _whole("min_epochs", min_epochs, 1)
-        self.reduction_factor = _whole("reduction_factor", reduction_factor, 2)
+        self.min_epochs = whole_number("min_epochs", min_epochs, 1)
+        self.reduction_factor = whole_number("reduction_factor", reduction_factor, 2)
         self.reset()
 
     def reset(self) -> None:
@@ -111,7 +111,12 @@ class SuccessiveHalving:
         return rung == epochs
 
 
-def _whole(name: str, value: int, least: int) -> int:
+def whole_number(name: str, value: int, least: int) -> int:
+    """The value itself.
+
+    Raises:
+        ModelBatchError: it is no integer, or smaller than `least`.
+    """
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ModelBatchError(f"{name} must be an integer from {least} on, got {value!r}")
     return value

@@ -1,6 +1,5 @@
 """Training one bundle after the other."""
 
-import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from ..optim import OptimizerFactory
 from ..training import fit
 from ..training.position import generators_of
 from .assembly import assemble, seed_generators
+from .failing import halves, what_happened
 from .follower import Follower
 from .gather import Gatherer, Kind, Settings
 from .journal import Journal
@@ -54,7 +54,7 @@ class Runner:
         parts = (settings.train, settings.val)
         self._generators = generators_of([part.loader for part in parts if part is not None])
         self._beginning = [generator.get_state() for generator in self._generators]
-        self.gatherer = Gatherer(self.trials, settings, ledger, self._generators, self._fail)
+        self.gatherer = Gatherer(self.trials, settings, ledger, self._fail)
 
     def run(self) -> None:
         """Train until every trial has ended, or Ctrl-C."""
@@ -80,8 +80,7 @@ class Runner:
             self.journal.write(record)
 
     def _fail(self, trial: int, error: BaseException) -> None:
-        text = f"{type(error).__name__}: {error}"
-        self._record({"kind": "failed", "trial": trial, "error": text})
+        self._record({"kind": "failed", "trial": trial, "error": what_happened(error)})
         self.report()
 
     # ---- training them
@@ -112,16 +111,16 @@ class Runner:
             self._abandon(number, [])
             self._fail(ids[0], failure)
             return
+        first, second = halves(ids)
         if is_out_of_memory(failure) and kind is not None:
-            kind.size = math.ceil(len(ids) / 2)
-        middle = math.ceil(len(ids) / 2)
-        self._abandon(number, [ids[:middle], ids[middle:]])
+            kind.size = len(first)
+        self._abandon(number, [first, second])
 
-    def _abandon(self, number: int, halves: list[list[int]]) -> None:
+    def _abandon(self, number: int, again: list[Sequence[int]]) -> None:
         if self.weights is not None:
             self.weights.forget(self.ledger.bundles[number])
         self._close(number, "void")
-        self.gatherer.halves.extendleft(reversed(halves))
+        self.gatherer.halves.extendleft(reversed(again))
 
     def _train(self, number: int, trials: list[Trial], models: list[nn.Module]) -> str:
         settings, first = self.settings, trials[0]

@@ -10,12 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from ..batch import _as_call
+from ..checkpoint import GlobalRandomState
 from ..evaluation import to_device
 from ..optim.rules import RULES
 from ..random import torch_rng
+from ..training.position import generators_of
+from .data import Data
 from .trials import Trial
 
-__all__ = ["MOST", "automatic_size", "is_out_of_memory"]
+__all__ = ["MOST", "automatic_size", "is_out_of_memory", "measured_size"]
 
 #: More models in a bundle gain nothing on any machine, while a pruner would learn later.
 MOST = 1024
@@ -42,6 +45,29 @@ def automatic_size(model: nn.Module, trial: Trial, batch: Any, device: torch.dev
     weights = parameters * (2 + _states(trial)) + 2 * buffers
     need = weights + _BACKWARD * _kept_for_backward(model, batch, device)
     return max(1, min(MOST, int(_SHARE * free_memory(device) / max(need, 1))))
+
+
+def measured_size(model: nn.Module, trial: Trial, train: Data, device: torch.device | None) -> int:
+    """`automatic_size` for an example of the training data; no generator moves.
+
+    Args:
+        model: one that nobody needs any more.
+        trial: for the optimizer.
+        train: the training data.
+        device: of the bundle; None for that of the model.
+    """
+    if device is None:
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    generators = generators_of([train.loader])
+    before = GlobalRandomState().state_dict()
+    states = [generator.get_state() for generator in generators]
+    try:
+        batch = next(iter(train.training(trial.batch_size)), None)
+    finally:
+        GlobalRandomState().load_state_dict(before)
+        for generator, state in zip(generators, states):
+            generator.set_state(state)
+    return automatic_size(model, trial, batch, device)
 
 
 def _states(trial: Trial) -> int:

@@ -26,6 +26,7 @@ __all__ = [
     "is_better",
     "make_trial",
     "make_trials",
+    "oriented",
 ]
 
 #: The states of a trial that does not go on.
@@ -104,6 +105,13 @@ class TrialResult:
 def is_better(value: float, other: float, mode: str) -> bool:
     """Whether a value of the metric is better than another one."""
     return value < other if mode == "min" else value > other
+
+
+def oriented(value: float, mode: str) -> float:
+    """A value of which small ones are good; infinity if it is not finite."""
+    if not math.isfinite(value):
+        return math.inf
+    return value if mode == "min" else -value
 
 
 def best_of(results: Iterable[TrialResult], mode: str) -> TrialResult | None:

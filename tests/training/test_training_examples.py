@@ -1,28 +1,12 @@
 """The programs under examples/ that train by `fit`, run as a user runs them."""
 
 import csv
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from example_case import run
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 EXAMPLES = ("hyperparameter_sweep.py", "kfold_ensemble.py")
-
-
-def run(script: str, *flags: str) -> "subprocess.CompletedProcess[str]":
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    settings = {"PYTHONPATH": path, "NO_COLOR": "1", "PYTHONIOENCODING": "utf-8"}
-    settings["OMP_NUM_THREADS"] = "1"
-    return subprocess.run(
-        [sys.executable, "-W", "error::UserWarning", str(ROOT / "examples" / script), *flags],
-        env={**os.environ, **settings},
-        capture_output=True,
-        encoding="utf-8",
-        timeout=300,
-    )
 
 
 def test_the_sweep_finds_a_learning_rate_and_resumes(tmp_path: Path) -> None:

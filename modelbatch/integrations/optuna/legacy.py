@@ -14,6 +14,7 @@ from ...batch import ModelBatch
 from ...errors import ModelBatchError
 from ...structure import same_structure
 from ...sweep.arguments import check_count
+from ...sweep.failing import what_happened
 from .constraints import ConstraintSpec
 from .link import ask_marked
 from .processes import Mark, new_mark, release
@@ -191,7 +192,7 @@ class ModelBatchStudy:
                 self.study.tell(asked, value)
 
     def _fail(self, trials: list[optuna.Trial], error: BaseException | str) -> None:
-        text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
+        text = error if isinstance(error, str) else what_happened(error)
         for asked in trials:
             if not isinstance(error, KeyboardInterrupt):
                 asked.set_user_attr(ERROR, text)

@@ -9,6 +9,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 from torch import nn
 
+from ...sweep.failing import what_happened
 from ...sweep.trials import Trial
 from ...sweep.weights import seeded
 from .ledger import StudyLedger
@@ -78,7 +79,7 @@ class Link:
             self.prune(asked)
             return None
         except Exception as error:
-            self.fail(asked, _words(error))
+            self.fail(asked, what_happened(error))
             return None
         self.ledger.begin(trial)
         live = Live(asked, trial)
@@ -90,7 +91,7 @@ class Link:
         try:
             return seeded(self.plan.settings.build, live.trial.config, live.trial.seed)
         except Exception as error:
-            self.fail(live.asked, _words(error))
+            self.fail(live.asked, what_happened(error))
             return None
 
     # ---- telling
@@ -177,7 +178,3 @@ def ask_marked(study: optuna.Study, mark: Mark) -> optuna.Trial:
     if asked.user_attrs.get(RUN) != mark:
         asked.set_user_attr(RUN, mark)
     return asked
-
-
-def _words(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"

@@ -12,14 +12,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ...callbacks import Callback
-from ...checkpoint import GlobalRandomState
 from ...errors import ModelBatchError
 from ...random import derive_seed
 from ...sweep.arguments import check_count, check_functions, check_settings
 from ...sweep.gather import Settings
-from ...sweep.sizing import automatic_size
+from ...sweep.sizing import measured_size
 from ...sweep.trials import Trial, make_trial
-from ...training.position import generators_of
 
 __all__ = ["Plan", "make_plan"]
 
@@ -69,19 +67,7 @@ class Plan:
 
     def measure(self, trial: Trial, model: nn.Module) -> int:
         """How many models like this one the memory holds."""
-        train, device = self.settings.train, self.settings.device
-        if device is None:
-            device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        generators = generators_of([train.loader])
-        before = GlobalRandomState().state_dict()
-        states = [generator.get_state() for generator in generators]
-        try:
-            batch = next(iter(train.training(trial.batch_size)), None)
-        finally:
-            GlobalRandomState().load_state_dict(before)
-            for generator, state in zip(generators, states):
-                generator.set_state(state)
-        return automatic_size(model, trial, batch, device)
+        return measured_size(model, trial, self.settings.train, self.settings.device)
 
 
 def make_plan(

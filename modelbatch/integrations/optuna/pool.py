@@ -1,8 +1,7 @@
 """The trials that are alive, in bundles: an epoch of each, and new trials for those that ended."""
 
-import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -11,6 +10,7 @@ from ...callbacks import BestModel
 from ...errors import ModelBatchError
 from ...structure import same_structure
 from ...sweep.bundle import Round, TrialBundle
+from ...sweep.failing import halves, what_happened
 from ...sweep.sizing import is_out_of_memory
 from ...sweep.weights import Weights
 from ...training.interrupts import Interrupts
@@ -68,7 +68,7 @@ class Pool:
         self.link, self.plan, self.ledger, self.weights = link, plan, ledger, weights
         self.budget, self.limit, self.show = budget, limit, show
         self._groups: list[_Group] = []
-        self._apart: deque[list[Live]] = deque()  # halves of bundles that could not be trained
+        self._apart: deque[Sequence[Live]] = deque()  # halves of bundles that could not be trained
         self._interrupts = Interrupts()
 
     def run(self) -> None:
@@ -218,14 +218,14 @@ class Pool:
         """Let trials begin anew in two halves; or the only one fail."""
         if len(lives) <= 1:
             for live in lives:
-                self.link.fail(live.asked, f"{type(error).__name__}: {error}")
+                self.link.fail(live.asked, what_happened(error))
             return
-        middle = math.ceil(len(lives) / 2)
+        first, second = halves(lives)
         if is_out_of_memory(error):
-            self.limit = max(1, min(self.limit, self._alive([]) + middle))
+            self.limit = max(1, min(self.limit, self._alive([]) + len(first)))
         for live in lives:
             self.ledger.restart(live.trial.id)
-        self._apart.extend([lives[:middle], lives[middle:]])
+        self._apart.extend([first, second])
 
     def _start_those_apart(self) -> None:
         while self._apart:

@@ -15,7 +15,7 @@ from ...errors import ModelBatchError
 from ...sweep.arguments import check_count, check_pruner, check_settings
 from ...sweep.gather import Settings
 from ...sweep.pruners import Pruner
-from ...sweep.trials import Trial, make_trial
+from ...sweep.trials import Trial, make_trial, oriented
 from .pbt import BundlePBT
 from .rungs import RungBoard
 
@@ -58,9 +58,7 @@ class Arguments:
 
     def oriented(self, value: float) -> float:
         """A value of the metric, of which small ones are good; infinity if it is not finite."""
-        if not abs(value) < float("inf"):
-            return float("inf")
-        return value if self.mode == "min" else -value
+        return oriented(value, self.mode)
 
 
 def read_arguments(

@@ -6,10 +6,11 @@ from typing import Any
 
 from ...errors import ModelBatchError, StructureMismatchError
 from ...sweep.bundle import Round, TrialBundle
+from ...sweep.failing import halves, what_happened
 from ...sweep.trials import Trial
 from .arguments import Arguments
 from .entries import Entry
-from .forming import Former, halves, what_happened
+from .forming import Former
 from .pbt import Copy
 from .table import Table
 

@@ -1,6 +1,5 @@
 """Bundles out of the models of one Ray trial."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -9,13 +8,14 @@ from torch import nn
 from ...random import derive_seed
 from ...structure import same_structure
 from ...sweep.bundle import TrialBundle
+from ...sweep.failing import halves, what_happened
 from ...sweep.trials import Trial
 from ...sweep.weights import seeded
 from .arguments import Arguments
 from .entries import Entry
 from .table import Table
 
-__all__ = ["Former", "halves", "what_happened"]
+__all__ = ["Former"]
 
 
 @dataclass
@@ -93,14 +93,3 @@ class Former:
 
 def _fits(kind: _Kind, trial: Trial, model: nn.Module) -> bool:
     return trial.key == kind.trials[0].key and same_structure(kind.reference, model)
-
-
-def halves(trials: Sequence[Trial]) -> tuple[Sequence[Trial], Sequence[Trial]]:
-    """The trials in two parts."""
-    middle = math.ceil(len(trials) / 2)
-    return trials[:middle], trials[middle:]
-
-
-def what_happened(error: BaseException) -> str:
-    """An error in one line of a table."""
-    return f"{type(error).__name__}: {error}"

@@ -11,6 +11,7 @@ from ray.tune.search.sample import Domain, Function
 
 from ...errors import ModelBatchError
 from ...random import derive_seed
+from ...sweep.pruners import whole_number
 
 __all__ = ["BundlePBT", "Copy"]
 
@@ -65,12 +66,8 @@ class BundlePBT:
         perturbation_factors: tuple[float, float] = (1.2, 0.8),
         custom_explore_fn: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     ) -> None:
-        for name, value, least in (
-            ("perturbation_interval", perturbation_interval, 1),
-            ("burn_in_period", burn_in_period, 0),
-        ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ModelBatchError(f"{name} must be an integer from {least} on, got {value!r}")
+        self.interval = whole_number("perturbation_interval", perturbation_interval, 1)
+        self.burn_in = whole_number("burn_in_period", burn_in_period, 0)
         for name, share, most in (
             ("quantile_fraction", quantile_fraction, 0.5),
             ("resample_probability", resample_probability, 1.0),
@@ -81,7 +78,6 @@ class BundlePBT:
             raise ModelBatchError("give hyperparam_mutations or custom_explore_fn, or both")
         self.mutations = dict(hyperparam_mutations or {})
         _check("", self.mutations)
-        self.interval, self.burn_in = perturbation_interval, burn_in_period
         self.quantile_fraction, self.resample_probability = quantile_fraction, resample_probability
         self.factors, self.custom = tuple(perturbation_factors), custom_explore_fn
 

@@ -8,13 +8,13 @@ from ray.tune import Checkpoint, ResultGrid
 from torch import nn
 
 from ...errors import ModelBatchError
+from ...sweep.failing import what_happened
 from ...sweep.ledger import Ledger
 from ...sweep.result import SweepResult
 from ...sweep.trials import ENDED, TrialResult
 from ...sweep.weights import Weights
 from .checkpoint import read_trials, read_weights
 from .entries import read_entries
-from .forming import what_happened
 
 __all__ = ["bundle_results"]
 
