@@ -101,6 +101,7 @@ def test_how_many_are_alive_by_default(to_run: int | None, alive: int) -> None:
 def test_the_memory_limits_how_many_are_alive(monkeypatch: pytest.MonkeyPatch) -> None:
     import modelbatch.integrations.optuna.plan as plan
     import modelbatch.integrations.optuna.pool as pool
+    from modelbatch.sweep import sizing
 
     assert make_plan is plan.make_plan
     seen: list[Any] = []
@@ -116,7 +117,7 @@ def test_the_memory_limits_how_many_are_alive(monkeypatch: pytest.MonkeyPatch) -
             sizes.append(len(self))
             return super().run_epoch()
 
-    monkeypatch.setattr(plan, "automatic_size", few)
+    monkeypatch.setattr(sizing, "automatic_size", few)
     monkeypatch.setattr(pool, "TrialBundle", Watched)
     before = torch.get_rng_state()
     OptunaSweep(study(), flat_space, build, (X, X[:, :3].argmax(1)), epochs=2, batch_size=8).run(
