@@ -5,10 +5,11 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALL := sh scripts/install.sh $(PIP) install
 QUIET := --quiet --no-input
 # torch is there already, so the build needs no environment of its own; nor setuptools' reminder.
 EDITABLE := USE_CUDA=0 PYTHONWARNINGS='ignore:Editable installation' \
-    $(PIP) install $(QUIET) --no-build-isolation --editable
+    $(INSTALL) $(QUIET) --no-build-isolation --editable
 
 # The virtual environment's own tools come first, and nothing from outside leaks in.
 unexport PYTHONHOME PYTHONPATH
@@ -64,11 +65,11 @@ clean: ## remove everything that make created
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch comes before the package because the package is built against it.
-$(DEPS): pyproject.toml scripts/bootstrap.sh
+$(DEPS): pyproject.toml scripts/bootstrap.sh scripts/install.sh
 	@sh scripts/bootstrap.sh $(VENV) "$(PYTHON)"
 	@echo "modelbatch: installing the dependencies (the first time takes some minutes)"
-	@$(PIP) install $(QUIET) --upgrade pip 'setuptools>=77' wheel
-	@$(PIP) install $(QUIET) 'torch>=2.10' numpy packaging
+	@$(INSTALL) $(QUIET) --upgrade pip 'setuptools>=77' wheel
+	@$(INSTALL) $(QUIET) 'torch>=2.10' numpy packaging
 	@$(EDITABLE) '.[dev]'
 	@touch $@
 

@@ -29,6 +29,10 @@ first_compiler "${CC:-gcc}" cc clang || fail "no C compiler found; install one: 
 first_compiler "${CXX:-g++}" c++ clang++ || fail "no C++ compiler found; install one: apt install g++"
 
 if [ ! -x "$venv/bin/python" ]; then
+    free=$(df -Pk . | awk 'NR == 2 { print int($4 / 1048576) }')
+    if [ "$free" -lt 8 ]; then
+        echo "modelbatch: only $free GiB are free here; torch with CUDA and the rest take about 7" >&2
+    fi
     echo "modelbatch: creating $venv with $("$python" --version 2>&1)"
     "$python" -m venv "$venv"
 fi
