@@ -12,7 +12,7 @@ BROKEN = "error: incomplete-download (499.1 MB/539.1 MB)"
 
 
 def install(folder, *, error, failures):
-    """Installs with a command that fails ``failures`` times; returns how often it ran, and the end."""
+    """Installs by a command that fails ``failures`` times; returns its calls, and the end."""
     calls = folder / "calls"
     command = f"""
         echo x >> {calls}
