@@ -9,6 +9,7 @@ PROGRAMS = (
     ["bundle.py"],
     ["bench_optim.py"],
     ["callbacks.py"],
+    ["bench_one_model.py"],
     ["bench_rnn.py"],
     ["bench_step.py"],
     ["bench_sweep.py"],

@@ -8,7 +8,7 @@ models must either reach the operation as one value per model or be refused by n
 import enum
 import functools
 import types
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
@@ -45,6 +45,9 @@ _PER_MODEL: list[tuple[type[nn.Module], frozenset[str]]] = [
 
 # What nn.Module itself keeps in `__dict__`.
 MODULE_INTERNALS = frozenset(nn.Module().__dict__)
+
+_LENT = frozenset({"_flat_weights", "_flat_weight_refs", "forward"})
+_MISSING: Any = object()
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), enum.Enum, type, slice, range)
 
@@ -280,3 +283,40 @@ def _first_difference(
         if path is not None:
             return model, path
     return None
+
+
+def changed_attributes(
+    before: Sequence[Mapping[str, Any]], modules: Sequence[nn.Module]
+) -> Iterator[tuple[int, str]]:
+    """Where a forward has set plain attributes, as (module index, name).
+
+    Args:
+        before: each module's `__dict__` as it was.
+        modules: of one model.
+    """
+    for index, module in enumerate(modules):
+        now = module.__dict__
+        if _same_entries(before[index], now):
+            continue
+        for name, value in list(now.items()):
+            kept = name in _LENT or name in MODULE_INTERNALS
+            if before[index].get(name, _MISSING) is not value and not kept:
+                yield index, name
+
+
+def restore_attributes(before: Sequence[Mapping[str, Any]], modules: Sequence[nn.Module]) -> None:
+    """Undo what `changed_attributes` finds."""
+    for index, name in list(changed_attributes(before, modules)):
+        state = modules[index].__dict__
+        if name in before[index]:
+            state[name] = before[index][name]
+        else:
+            del state[name]
+
+
+def _same_entries(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    """Whether two namespaces are surely equal; identical values are not looked into."""
+    try:
+        return a == b
+    except Exception:  # values that have no yes-or-no comparison, such as tensors
+        return False

@@ -303,6 +303,8 @@ class ModelBatch(Steps):
         spec: Any,
     ) -> Tensor:
         try:
+            if self.num_models == 1:
+                return loss.loss_of_one(run, values, batched, spec, self._loss_call)
             return loss.per_model_losses(
                 run, values, batched, spec, self.num_models, self._loss_call
             )

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._functorch import vmap as torch_vmap
 from torch.utils._pytree import tree_flatten, tree_map
 
-from .attributes import MODULE_INTERNALS
+from .attributes import changed_attributes, restore_attributes
 from .errors import FallbackWarning
 from .explain import Report
 from .fallback import FallbackWatch, cause, users_stacklevel
@@ -36,20 +36,10 @@ _models_axis = functools.partial(torch_vmap.vmap_increment_nesting, randomness="
 _IN_PLACE = re.compile(
     r"vmap: inplace|\(self, \*extra_args\) is not possible|match the broadcast shape"
 )
-_MISSING: Any = object()
-_KEPT_ENTRIES = frozenset({"_flat_weights", "forward"})
 
 
 def _expandable(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.layout is torch.strided and not leaf.is_nested
-
-
-def _same_entries(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    """Whether two namespaces are surely equal; identical values are not looked into."""
-    try:
-        return a == b
-    except Exception:  # values that have no yes-or-no comparison, such as tensors
-        return False
 
 
 class Forward(OneByOne):
@@ -76,6 +66,8 @@ class Forward(OneByOne):
         self._slow: list[str] = []
         self.written: dict[bool, set[str]] = {}
         """Names of the buffers that a forward writes, by training mode."""
+        self._checked: set[tuple[bool, bool]] = set()
+        """(training mode, whether there is but one model) of the forwards that were looked at."""
         self.tensor_attributes: dict[tuple[int, str], tuple[Tensor, bool]] = {}
         """Plain attributes that the forward set to tensors, and whether these differ by model."""
         self.spread: set[tuple[int, str]] = set()
@@ -118,17 +110,17 @@ class Forward(OneByOne):
             leaves, batched = self.weights.fill(leaves, batched)
             if batched != given or self._weighing.get(self._modes()) is not False:
                 compiled = None
-        checking = training not in self.written or active is not None
-        snapshot = self._snapshot(training, everything=checking)
+        checking = self._is_new(training)
+        snapshot = self._snapshot(training, everything=checking or active is not None)
         streams = self.streams.snapshot()
         self.streams.op_index = 0
         try:
             if compiled is not None:
                 out = compiled(leaves)
-            elif self._reason_to_loop(training) is None:
-                out = self._batched_or_loop(leaves, batched, spec, snapshot, streams, training)
+            elif self._is_one() or self._reason_to_loop(training) is not None:
+                out = self._loop(leaves, batched, spec, checking)
             else:
-                out = self._loop(leaves, batched, spec)
+                out = self._batched_or_loop(leaves, batched, spec, snapshot, streams, training)
         except BaseException:
             self._undo(snapshot, streams)
             raise
@@ -153,12 +145,15 @@ class Forward(OneByOne):
         snapshot, streams = self._snapshot(training, everything=True), self.streams.snapshot()
         kept = (self.tensor_attributes.copy(), self.spread.copy())
         held = [self.held.state(modules) for modules in self.stack.modules]
+        plain = [[dict(m.__dict__) for m in modules] for modules in self.stack.modules]
         weights, self.weights = self.weights, None
         self.streams.op_index = 0
         self.record = report.add
         try:
-            reason = self._reason_to_loop(training)
-            if reason is None:
+            reason = None if self._is_one() else self._reason_to_loop(training)
+            if self._is_one():
+                self._loop(leaves, batched, spec, checking=True)
+            elif reason is None:
                 try:
                     self._batched(leaves, batched, spec, training)
                 except Refused:
@@ -185,6 +180,8 @@ class Forward(OneByOne):
             self._undo(snapshot, streams)
             for state in held:
                 self.held.restore(state)
+            for modules, before in zip(self.stack.modules, plain):
+                restore_attributes(before, modules)
             self.tensor_attributes, self.spread = kept
 
     def _explain_loop(
@@ -194,6 +191,13 @@ class Forward(OneByOne):
         self._loop_after(error, leaves, batched, spec, training)
         self.record = record
         return self.loop_reasons[training]
+
+    def _is_one(self) -> bool:
+        """Whether there is but one model, which then runs by itself, for batching costs time."""
+        return self.stack.num_models == 1 and self.weights is None
+
+    def _is_new(self, training: bool) -> bool:
+        return (training, self._is_one()) not in self._checked
 
     def _reason_to_loop(self, training: bool) -> str | None:
         if self.stack.has_user_hooks():
@@ -271,7 +275,7 @@ class Forward(OneByOne):
             the user's own error, as a separate model would raise it.
         """
         try:
-            out = self._loop(leaves, batched, spec)
+            out = self._loop(leaves, batched, spec, checking=True)
         except Exception as own:
             raise own from None
         name, why = cause(error)
@@ -295,7 +299,7 @@ class Forward(OneByOne):
     # ---- all models at once
 
     def _batched(self, leaves: list[Any], batched: list[bool], spec: Spec, training: bool) -> Any:
-        checking = training not in self.written or self.record is not None
+        checking = self._is_new(training) or self.record is not None
         modules = self.stack.modules
         before = self.held.state(modules[0])
         try:
@@ -352,7 +356,7 @@ class Forward(OneByOne):
         strict = None
         if check and level is not None:
             strict = {
-                id(module_tensor): slot.name
+                id(module_tensor): f"'{slot.name}' of model 0"
                 for slot in self.stack.slots
                 for module_tensor in (self._original(slot),)
             }
@@ -398,14 +402,8 @@ class Forward(OneByOne):
                 for attribute, now in module._buffers.items():
                     if now is not None and (index, attribute) not in known:
                         stack.add_buffer(index, attribute, self._leave(now, level))
-            before = attributes[index]
-            if _same_entries(before, module.__dict__):
-                continue
-            for name, value in module.__dict__.items():
-                if before.get(name, _MISSING) is value or name in _KEPT_ENTRIES:
-                    continue
-                if name not in MODULE_INTERNALS:
-                    self._spread(call, index, name, value)
+        for index, name in changed_attributes(attributes, modules):
+            self._spread(call, index, name, modules[index].__dict__[name])
 
     def _spread(self, call: Call, index: int, name: str, value: Any) -> None:
         """Give every model its own value of an attribute that the forward set."""
@@ -438,7 +436,9 @@ class Forward(OneByOne):
         return Snapshot(self.stack, names)
 
     def _finish(self, snapshot: "Snapshot", active: Tensor | None, training: bool) -> None:
-        written = snapshot.written()
-        self.written[training] = self.written.get(training, set()) | written
-        if active is not None and written:
-            snapshot.restore_rows(~active)
+        if self._is_new(training) or active is not None:
+            self._checked.add((training, self._is_one()))
+            written = snapshot.written()
+            self.written[training] = self.written.get(training, set()) | written
+            if active is not None and written:
+                snapshot.restore_rows(~active)

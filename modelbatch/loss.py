@@ -27,12 +27,15 @@ class _MeanForTheEye(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, losses: Tensor, active: Tensor | None, mean: bool) -> Tensor:
-        counted = torch.isfinite(losses)
-        if active is not None:
-            counted = counted & active
         ctx.save_for_backward(active)
         # For `scaled` alone, so the user may write to the values. They do not refer to this node.
         ctx.losses, ctx.mean = losses, mean
+        if mean and active is None and losses.shape[0] == 1:
+            loss = losses.squeeze(0)
+            return loss + (loss - loss)  # the number itself, or NaN
+        counted = torch.isfinite(losses)
+        if active is not None:
+            counted = counted & active
         total = torch.where(counted, losses, torch.zeros_like(losses)).sum()
         if not mean:
             return total
@@ -261,6 +264,24 @@ def per_model_losses(
             loss = check_loss(loss_fn(*unflatten(inside, spec)))
         losses: Tensor = functorch._remove_batch_dim(loss, level, num_models, 0)
     return losses
+
+
+def loss_of_one(
+    loss_fn: LossFn,
+    leaves: list[Any],
+    batched: list[bool],
+    spec: Spec,
+    make_call: Callable[[int, int | None], Call],
+) -> Tensor:
+    """`per_model_losses` of a bundle of one model: its loss by itself, as `[1]`.
+
+    Raises:
+        ModelBatchError: if the loss is not one number.
+    """
+    own = [leaf.squeeze(0) if is_batched else leaf for leaf, is_batched in zip(leaves, batched)]
+    with make_call(1, None):
+        loss = check_loss(loss_fn(*unflatten(own, spec)))
+    return loss.unsqueeze(0)
 
 
 def losses_one_by_one(

@@ -3,21 +3,24 @@
 import contextlib
 import copy
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .attributes import changed_attributes
 from .errors import BatchingError
 from .pytree import Spec, flatten, unflatten
 from .random import Streams, torch_rng
 from .stack import Stack
-from .structure import Slot
+from .structure import Slot, tensor_at
 from .substitute.autograd_state import replayed_checkpoints
 from .substitute.mode import Call, Refused
 from .swap import swapped
 from .weights import OwnSamples, SampleWeights
+
+_NOTHING = contextlib.nullcontext()
 
 
 class OneByOne:
@@ -26,14 +29,18 @@ class OneByOne:
     stack: Stack
     streams: Streams
     weights: SampleWeights | None
-    tensor_attributes: Mapping[tuple[int, str], tuple[Tensor, bool]]
+    record: Callable[[str, str], None] | None
+    tensor_attributes: dict[tuple[int, str], tuple[Tensor, bool]]
+    spread: set[tuple[int, str]]
 
     def _swapped(
         self, i: int, tensors: Sequence[Tensor], level: int | None
     ) -> contextlib.AbstractContextManager[list[dict[str, Any]]]:
         return swapped(self.stack, i, tensors, level, self.tensor_attributes)
 
-    def _loop(self, leaves: list[Any], batched: list[bool], spec: Spec) -> Any:
+    def _loop(
+        self, leaves: list[Any], batched: list[bool], spec: Spec, checking: bool = False
+    ) -> Any:
         """Call each model's own modules with its slice of the stacked tensors."""
         stack = self.stack
         unbound = [_rows(stack.tensor(slot)) for slot in stack.slots]
@@ -41,10 +48,12 @@ class OneByOne:
             _rows(leaf) if is_batched else (leaf,) * stack.num_models
             for leaf, is_batched in zip(leaves, batched)
         ]
+        empty = _empty_buffers(stack)
         flat_results: list[list[Any]] = []
         out_spec: Any = None
         first_spec: Any = None
         assigned: dict[int, list[Tensor]] = {}
+        attributes: set[tuple[int, str]] = set()
         op_index = 0
         for i in range(stack.num_models):
             own = None if self.weights is None else self.weights.alone(i)
@@ -53,13 +62,15 @@ class OneByOne:
                 slices[i] if slot.is_parameter else self._own_buffer(i, slot)
                 for slot, slices in zip(stack.slots, unbound)
             ]
-            streams = self.streams.fork(i) if self.streams.kind == "philox" else self.streams
+            streams = self._streams_of(i)
             own_weights = None if own is None else own.weights
             resume = functools.partial(self._resume, i, tensors, streams, own_weights)
-            with self._swapped(i, tensors, None), replayed_checkpoints(resume):
-                with self._random_mode(streams, own_weights), self._torch_state(i):
+            strict = self._strict(i) if checking else None
+            with self._swapped(i, tensors, None) as before, replayed_checkpoints(resume):
+                with self._random_mode(streams, own_weights, strict), self._torch_state(i):
                     out = self._alone(i, args, kwargs)
                 self._collect_assigned(i, tensors, assigned)
+                attributes.update(changed_attributes(before, stack.modules[i]))
             op_index = max(op_index, streams.op_index)
             flat, out_spec = flatten(out)
             flat = flat if own is None else [own.put(leaf) for leaf in flat]
@@ -69,7 +80,22 @@ class OneByOne:
         with torch.no_grad():
             for position, values in assigned.items():
                 stack.replace_buffer(stack.slots[position], torch.stack(values))
+            self._collect_filled(empty)
+            self._collect_attributes(attributes)
         return unflatten(_stack_rows(flat_results), first_spec)
+
+    def _streams_of(self, i: int) -> Streams:
+        many = self.stack.num_models > 1
+        return self.streams.fork(i) if many and self.streams.kind == "philox" else self.streams
+
+    def _strict(self, i: int) -> dict[int, str]:
+        """Model i's own parameters by id: a gradient that reaches these would be lost."""
+        found = {}
+        for slot in self.stack.slots:
+            original = tensor_at(self.stack.modules[i], slot)
+            if slot.is_parameter and original.requires_grad:
+                found[id(original)] = f"'{slot.name}' of model {i}"
+        return found
 
     def _own_arguments(self, i: int, columns: list[Any], own: OwnSamples | None) -> list[Any]:
         leaves = [column[i] for column in columns]
@@ -86,12 +112,19 @@ class OneByOne:
             raise Refused(f"model {i}: {error}") from error
 
     def _random_mode(
-        self, streams: Streams, weights: SampleWeights | None
+        self,
+        streams: Streams,
+        weights: SampleWeights | None,
+        strict: dict[int, str] | None = None,
     ) -> contextlib.AbstractContextManager[Any]:
         """What makes one model draw from its stream; torch's own generators need nothing."""
-        if streams.kind == "torch" and weights is None:
-            return contextlib.nullcontext()
-        return Call(1, None, streams, device=streams.device, weights=weights)
+        plain = weights is None and strict is None and self.record is None
+        if plain and streams.kind == "torch":
+            return _NOTHING
+        device = streams.device
+        return Call(
+            *(1, None, streams), device=device, weights=weights, strict=strict, record=self.record
+        )
 
     def _resume(
         self,
@@ -130,13 +163,45 @@ class OneByOne:
                 assert now is not None
                 rows[i] = now.detach()
 
-    @contextlib.contextmanager
-    def _torch_state(self, i: int) -> Iterator[None]:
-        if self.streams.kind == "torch":
-            with torch_rng(self.streams.device), self.streams.as_model(i):
-                yield
-        else:
-            yield
+    def _collect_filled(self, empty: Sequence[tuple[int, str]]) -> None:
+        """Take over buffers that were None until the forward of every model filled its own."""
+        for index, attribute in empty:
+            values = [modules[index]._buffers[attribute] for modules in self.stack.modules]
+            filled = [value.detach() for value in values if value is not None]
+            if len(filled) == len(values):
+                self.stack.add_buffer(index, attribute, torch.stack(filled))
+
+    def _collect_attributes(self, names: set[tuple[int, str]]) -> None:
+        """Note what the models have set, for the day when they are computed together."""
+        for place in names:
+            index, name = place
+            self.spread.add(place)
+            values = [modules[index].__dict__.get(name) for modules in self.stack.modules]
+            tensors = [value.detach() for value in values if isinstance(value, Tensor)]
+            if len(tensors) == len(values) and len({(t.shape, t.dtype) for t in tensors}) == 1:
+                self.tensor_attributes[place] = (_stacked(tensors), True)
+            else:
+                self.tensor_attributes.pop(place, None)
+
+    def _torch_state(self, i: int) -> contextlib.AbstractContextManager[None]:
+        return _as_model(self.streams, i) if self.streams.kind == "torch" else _NOTHING
+
+
+@contextlib.contextmanager
+def _as_model(streams: Streams, i: int) -> Iterator[None]:
+    """Torch's own generators where model i left them."""
+    with torch_rng(streams.device), streams.as_model(i):
+        yield
+
+
+def _empty_buffers(stack: Stack) -> list[tuple[int, str]]:
+    """Where the modules have buffers that are None, as (module index, name)."""
+    return [
+        (index, attribute)
+        for index, module in enumerate(stack.modules[0])
+        for attribute, value in module._buffers.items()
+        if value is None
+    ]
 
 
 def _stack_rows(rows: list[list[Any]]) -> list[Any]:
@@ -149,8 +214,13 @@ def _stack_rows(rows: list[list[Any]]) -> list[Any]:
         if any(t.shape != column[0].shape for t in column):
             shapes = [tuple(t.shape) for t in column]
             raise BatchingError(f"the models' outputs have different shapes: {shapes}")
-        results.append(torch.stack(column) if len(column) > 1 else column[0].unsqueeze(0))
+        results.append(_stacked(column))
     return results
+
+
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """`[M, ...]`; of one tensor a view."""
+    return torch.stack(list(tensors)) if len(tensors) > 1 else tensors[0].unsqueeze(0)
 
 
 def _rows(tensor: Tensor) -> tuple[Tensor, ...]:

@@ -35,6 +35,7 @@ class Spec:
 
 _ONE_TENSOR = Spec(pytree.tree_flatten(0)[1], [])
 _CALLS: dict[int, Spec] = {}
+_TUPLES: dict[int, Spec] = {}
 
 
 def flatten_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Spec]:
@@ -55,6 +56,11 @@ def flatten(tree: Any) -> tuple[list[Any], Spec]:
     """The leaves of `tree` in a fixed order, and what `unflatten` needs to put them back."""
     if isinstance(tree, Tensor):
         return [tree], _ONE_TENSOR
+    if type(tree) is tuple and all(isinstance(leaf, Tensor) for leaf in tree):
+        known = _TUPLES.get(len(tree))
+        if known is None:
+            known = _TUPLES[len(tree)] = Spec(pytree.tree_flatten((0,) * len(tree))[1], [])
+        return list(tree), known
     outer, spec = pytree.tree_flatten(tree)
     leaves: list[Any] = []
     nested: list[tuple[int, _Dataclass]] = []
@@ -75,6 +81,8 @@ def unflatten(leaves: list[Any], spec: Spec) -> Any:
         return leaves[0]
     if spec is _CALLS.get(len(leaves)):
         return tuple(leaves), {}
+    if spec is _TUPLES.get(len(leaves)):
+        return tuple(leaves)
     if not spec.nested:
         return pytree.tree_unflatten(leaves, spec.spec)
     outer: list[Any] = []

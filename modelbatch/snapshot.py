@@ -15,6 +15,7 @@ class Snapshot:
 
     def __init__(self, stack: Stack, names: set[str] | None):
         self.stack = stack
+        self.num_slots = len(stack.slots)
         self.copies = [
             (slot, tensor, tensor._version, tensor.detach().clone())
             for slot in stack.slots
@@ -33,7 +34,8 @@ class Snapshot:
         }
 
     def restore_all(self) -> None:
-        """Put everything back."""
+        """Put everything back; buffers that were None become that again."""
+        self.stack.drop_buffers(self.num_slots)
         for slot, tensor, version, copy in self.copies:
             if self.stack.tensor(slot) is not tensor:
                 self.stack.register(slot, tensor)

@@ -212,6 +212,14 @@ class Stack:
         self.repoint_buffer_objects(slot)
         return slot
 
+    def drop_buffers(self, num_slots: int) -> None:
+        """Undo `add_buffer` for all but the first slots: the buffers are None again."""
+        for slot in self.slots[num_slots:]:
+            for index, attribute in slot.places:
+                for modules in (self.nodes, *self.modules):
+                    modules[index]._buffers[attribute] = None
+        del self.slots[num_slots:]
+
     # ---- models that come and go
 
     @torch.no_grad()

@@ -52,6 +52,8 @@ class Steps(Bundle):
                 grad.detach_().zero_()
                 continue
             parameter.grad = None
+            if self.num_models == 1:  # a single model runs as it does alone, which asks for none
+                continue
             own = 0
             if isinstance(self._optimizer, PerModelOptimizer):
                 own = self._optimizer.kept_slices(parameter, grad)

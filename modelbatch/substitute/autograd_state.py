@@ -84,6 +84,18 @@ def no_saved_tensor_hooks() -> Iterator[None]:
             torch._C._autograd._saved_tensors_hooks_disable(before, False)
 
 
+class _Reentrant:
+    """In the place of torch's function for checkpoints with re-entrant autograd."""
+
+    def __init__(self, original: Any, thread: int, resume: Resume):
+        self.original, self.thread, self.resume = original, thread, resume
+
+    def apply(self, function: Any, *args: Any) -> Any:
+        if get_ident() == self.thread:
+            function = _again(function, self.resume(), first=True)
+        return self.original.apply(function, *args)
+
+
 @contextlib.contextmanager
 def replayed_checkpoints(resume: Resume) -> Iterator[None]:
     """Let checkpoints of one model's forward run again, in the backward, as they ran before.
@@ -101,15 +113,8 @@ def replayed_checkpoints(resume: Resume) -> Iterator[None]:
             function = _again(function, resume(), first=False)
         return without_reentry(function, *args, **kwargs)
 
-    class Reentrant:
-        @staticmethod
-        def apply(function: Any, *args: Any) -> Any:
-            if get_ident() == thread:
-                function = _again(function, resume(), first=True)
-            return with_reentry.apply(function, *args)
-
     setattr(checkpoint, _GENERATOR, generator)
-    checkpoint.CheckpointFunction = Reentrant  # type: ignore[misc,assignment]
+    checkpoint.CheckpointFunction = _Reentrant(with_reentry, thread, resume)  # type: ignore
     try:
         yield
     finally:

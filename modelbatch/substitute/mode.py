@@ -89,7 +89,8 @@ class Call(TorchFunctionMode):
         weights: what the samples of the batch count for, None where all count alike.
         weighed: whether any operation has asked for them.
         loops: names of functions that had to be looped over models in this call.
-        strict: originals (by id) that must not be reached around the module attributes.
+        strict: originals (by id) that must not be reached around the module attributes, and what
+            they are called.
     """
 
     def __init__(
@@ -200,10 +201,11 @@ class Call(TorchFunctionMode):
         assert self.strict is not None
         for leaf in tree_flatten((args, kwargs))[0]:
             if isinstance(leaf, Tensor) and id(leaf) in self.strict:
+                one = self.level is None
+                why = "its gradient would be lost" if one else "it would be used for all models"
                 raise Refused(
-                    f"the forward reaches '{self.strict[id(leaf)]}' of model 0 through a reference "
-                    "outside of its attribute, so it would be used for all models; read it from "
-                    "its module instead"
+                    f"the forward reaches {self.strict[id(leaf)]} through a reference outside of "
+                    f"its attribute, so {why}; read it from its module instead"
                 )
 
     @property

@@ -90,13 +90,29 @@ class _Arguments:
         return self.options.train and self.options.num_layers > 1 and any(values)
 
 
+_ONEDNN_FROM = 65
+"""Hidden units from which torch's LSTM of float32 is the faster one, as oneDNN computes it."""
+
+
+def _pays_for_one(call: Call, kind: str, a: _Arguments) -> bool:
+    """Whether this library's operators are faster than torch's for one model by itself.
+
+    On a CPU they are, large LSTMs excepted (`benchmarks/results/one_model.json`).
+    """
+    dtype = a.input.dtype
+    if call.level is not None or a.input.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        return False
+    large = kind == "lstm" and dtype == torch.float32 and a.params[1].shape[1] >= _ONEDNN_FROM
+    return not large and dtype in (torch.float32, torch.float64)
+
+
 @handles_per_model_numbers
 @register(*_LAYERS, random=True)
 def layers(call: Call, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """`torch.lstm`, `torch.gru`, `torch.rnn_tanh` and `torch.rnn_relu`, padded or packed."""
     kind, a = _LAYERS[func], _Arguments(*args, **kwargs)
     differs = any_batched(call, a.input, a.hx, a.params)
-    if not a.drops and not differs:
+    if not a.drops and not differs and not _pays_for_one(call, kind, a):
         return NotImplemented
     if a.input.dim() != (3 if a.batch_sizes is None else 2):
         return NotImplemented

