@@ -85,6 +85,7 @@ class Stack:
             tensor = stacked[slot.name] if stacked is not None else self._stack(slot)
             self.register(slot, tensor)
             self.repoint(slot)
+        self._places: dict[int, list[tuple[dict[str, Any], str, int]]] = {}
         self.hooks_changed = True
         self._user_hooks = False
         self.watch_hooks()
@@ -106,6 +107,19 @@ class Stack:
     def _stack(self, slot: Slot) -> Tensor:
         tensors = [tensor_at(modules, slot) for modules in self.modules]
         return torch.stack([t.detach() for t in tensors])
+
+    def places(self, i: int) -> list[tuple[dict[str, Any], str, int]]:
+        """Where model i's modules hold their tensors: (dictionary, name, number of the slot)."""
+        found = self._places.get(i)
+        if found is None:
+            found = []
+            for number, slot in enumerate(self.slots):
+                for index, attribute in slot.places:
+                    module: Any = self.modules[i][index]
+                    holder = module._parameters if slot.is_parameter else module._buffers
+                    found.append((holder, attribute, number))
+            self._places[i] = found
+        return found
 
     def tensor(self, slot: Slot) -> Tensor:
         """The stacked tensor `[M, ...]` of a slot."""
@@ -208,6 +222,7 @@ class Stack:
         prefix = self.structure.module_names[index]
         slot = Slot(f"{prefix}.{attribute}" if prefix else attribute, False, [(index, attribute)])
         self.slots.append(slot)
+        self._places.clear()
         self.register(slot, tensor.detach().clone(memory_format=torch.contiguous_format))
         self.repoint_buffer_objects(slot)
         return slot
@@ -219,6 +234,7 @@ class Stack:
                 for modules in (self.nodes, *self.modules):
                     modules[index]._buffers[attribute] = None
         del self.slots[num_slots:]
+        self._places.clear()
 
     # ---- models that come and go
 
@@ -259,6 +275,7 @@ class Stack:
         self.modules = change.pick(old_modules, fresh.__getitem__)
         self.models = change.pick(old_models, lambda slot: fresh[slot][0])
         self.num_models = len(self.models)
+        self._places.clear()
         self.structure.per_model = per_model
         for slot in self.slots:
             views = self.tensor(slot).detach().unbind(0)

@@ -45,11 +45,9 @@ def swapped(
         state[key] = value
 
     try:
-        for slot, tensor in zip(stack.slots, tensors):
-            for index, attribute in slot.places:
-                module = modules[index]
-                kind: Any = module._parameters if slot.is_parameter else module._buffers
-                put(kind, attribute, tensor)
+        for holder, attribute, position in stack.places(i):
+            undo.append((holder, attribute, holder[attribute]))
+            holder[attribute] = tensors[position]
         for index, module in enumerate(modules):
             if isinstance(module, nn.RNNBase):
                 flat = [getattr(module, n, None) for n in module._flat_weights_names]

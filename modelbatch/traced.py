@@ -32,6 +32,7 @@ class TracedStack:
     def __init__(self, stack: Stack, tensors: Sequence[Tensor]):
         self.models, self.modules = stack.models, stack.modules
         self.num_models, self.structure, self.slots = stack.num_models, stack.structure, stack.slots
+        self.places = stack.places
         self._tensors = {slot.name: tensor for slot, tensor in zip(stack.slots, tensors)}
 
     def tensor(self, slot: Slot) -> Tensor:
