@@ -29,6 +29,25 @@ def _compare_logs(bundled: Any, alone: Any, i: int, tolerance: float) -> int:
     return compared
 
 
+class Watched(Trainer):
+    """Keeps the loss of every training batch as it is, where Trainer adds them up in float32."""
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        self.seen = [*getattr(self, "seen", ()), self.losses_of_batch.clone()]
+        return loss
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(*args, **kwargs)
+        if not isinstance(self, BundledTrainer):
+            self.losses_of_batch = (loss[0] if isinstance(loss, tuple) else loss).detach()
+        return loss
+
+
+class WatchedBundle(Watched, BundledTrainer):
+    pass
+
+
 @pytest.mark.parametrize("optim", ["adamw_torch", "sgd"])
 def test_eight_berts_equal_eight_trainers(tmp_path, optim) -> None:
     options = {
@@ -43,16 +62,19 @@ def test_eight_berts_equal_eight_trainers(tmp_path, optim) -> None:
     }
     data, held_out = texts(18), texts(6, seed=1)
     more = {"train_dataset": data, "eval_dataset": held_out, "compute_metrics": accuracy}
-    bundled = BundledTrainer(
+    bundled = WatchedBundle(
         models=berts(M), args=arguments(tmp_path, **options), learning_rates=RATES, **more
     )
     bundled.train()
     for i, model in enumerate(berts(M)):
         args = arguments(tmp_path, **{**options, "learning_rate": RATES[i]})
-        trainer = Trainer(model, args, **more)
+        trainer = Watched(model, args, **more)
         trainer.train()
         assert largest_difference(model, bundled.model.models[i]) < 1e-8
-        # Trainer itself adds up its losses in float32
+        losses, own = torch.stack(bundled.seen)[:, i], torch.stack(trainer.seen)
+        assert losses.dtype == own.dtype == torch.float64
+        assert len(own) == 10 and (losses - own).abs().max() < 1e-8
+        # what is logged are sums in float32, Trainer's as well as ours
         assert _compare_logs(bundled, trainer, i, 1e-6) >= 17
     assert bundled.model.optimizer.parameter_options  # some do not decay, by the user's names
 
