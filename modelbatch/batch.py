@@ -302,9 +302,10 @@ class ModelBatch(Steps):
         batched: list[bool],
         spec: Any,
     ) -> Tensor:
+        if self.num_models == 1:
+            with self._loss_call(1, None):
+                return loss.losses_one_by_one(run, values, batched, spec, 1)
         try:
-            if self.num_models == 1:
-                return loss.loss_of_one(run, values, batched, spec, self._loss_call)
             return loss.per_model_losses(
                 run, values, batched, spec, self.num_models, self._loss_call
             )

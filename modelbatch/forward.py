@@ -28,7 +28,6 @@ from .pytree import Spec, flatten, unflatten
 from .random import Streams
 from .snapshot import Snapshot
 from .stack import Stack
-from .structure import Slot
 from .substitute.autograd_state import no_saved_tensor_hooks
 from .substitute.mode import Call, NeedsBatchedFactories, NeedsOwnSamples, Refused
 
@@ -150,8 +149,9 @@ class Forward(OneByOne):
         self.streams.op_index = 0
         self.record = report.add
         try:
-            reason = None if self._is_one() else self._reason_to_loop(training)
-            if self._is_one():
+            one = self._is_one()
+            reason = None if one else self._reason_to_loop(training)
+            if one:
                 self._loop(leaves, batched, spec, checking=True)
             elif reason is None:
                 try:
@@ -355,11 +355,7 @@ class Forward(OneByOne):
     def _call(self, num_models: int, level: int | None, streams: Streams, check: bool) -> Call:
         strict = None
         if check and level is not None:
-            strict = {
-                id(module_tensor): f"'{slot.name}' of model 0"
-                for slot in self.stack.slots
-                for module_tensor in (self._original(slot),)
-            }
+            strict = self._originals(0, learning=False)
         return Call(
             num_models,
             level,
@@ -372,11 +368,6 @@ class Forward(OneByOne):
             strict=strict,
             weights=self.weights if level is not None else None,
         )
-
-    def _original(self, slot: Slot) -> Tensor | None:
-        index, attribute = slot.places[0]
-        module = self.stack.modules[0][index]
-        return (module._parameters if slot.is_parameter else module._buffers).get(attribute)
 
     def _collect(
         self,
@@ -395,13 +386,10 @@ class Forward(OneByOne):
             if now is not tensor and now is not None:
                 with torch.no_grad():
                     stack.replace_buffer(slot, self._leave(now, level).detach())
-        known: set[tuple[int, str]] | None = None
-        for index, module in enumerate(modules):
-            if module._buffers:
-                known = known or {place for slot in stack.slots for place in slot.places}
-                for attribute, now in module._buffers.items():
-                    if now is not None and (index, attribute) not in known:
-                        stack.add_buffer(index, attribute, self._leave(now, level))
+        for index, attribute in self._new_buffers():
+            filled = modules[index]._buffers[attribute]
+            assert filled is not None
+            stack.add_buffer(index, attribute, self._leave(filled, level))
         for index, name in changed_attributes(attributes, modules):
             self._spread(call, index, name, modules[index].__dict__[name])
 

@@ -266,24 +266,6 @@ def per_model_losses(
     return losses
 
 
-def loss_of_one(
-    loss_fn: LossFn,
-    leaves: list[Any],
-    batched: list[bool],
-    spec: Spec,
-    make_call: Callable[[int, int | None], Call],
-) -> Tensor:
-    """`per_model_losses` of a bundle of one model: its loss by itself, as `[1]`.
-
-    Raises:
-        ModelBatchError: if the loss is not one number.
-    """
-    own = [leaf.squeeze(0) if is_batched else leaf for leaf, is_batched in zip(leaves, batched)]
-    with make_call(1, None):
-        loss = check_loss(loss_fn(*unflatten(own, spec)))
-    return loss.unsqueeze(0)
-
-
 def losses_one_by_one(
     loss_fn: LossFn,
     leaves: list[Any],

@@ -14,7 +14,7 @@ from .errors import BatchingError
 from .pytree import Spec, flatten, unflatten
 from .random import Streams, torch_rng
 from .stack import Stack
-from .structure import Slot, tensor_at
+from .structure import tensor_at
 from .substitute.autograd_state import replayed_checkpoints
 from .substitute.mode import Call, Refused
 from .swap import swapped
@@ -48,7 +48,6 @@ class OneByOne:
             _rows(leaf) if is_batched else (leaf,) * stack.num_models
             for leaf, is_batched in zip(leaves, batched)
         ]
-        empty = _empty_buffers(stack)
         flat_results: list[list[Any]] = []
         out_spec: Any = None
         first_spec: Any = None
@@ -59,13 +58,13 @@ class OneByOne:
             own = None if self.weights is None else self.weights.alone(i)
             args, kwargs = unflatten(self._own_arguments(i, columns, own), spec)
             tensors = [
-                slices[i] if slot.is_parameter else self._own_buffer(i, slot)
+                slices[i] if slot.is_parameter else tensor_at(stack.modules[i], slot)
                 for slot, slices in zip(stack.slots, unbound)
             ]
             streams = self._streams_of(i)
             own_weights = None if own is None else own.weights
             resume = functools.partial(self._resume, i, tensors, streams, own_weights)
-            strict = self._strict(i) if checking else None
+            strict = self._originals(i, learning=True) if checking else None
             with self._swapped(i, tensors, None) as before, replayed_checkpoints(resume):
                 with self._random_mode(streams, own_weights, strict), self._torch_state(i):
                     out = self._alone(i, args, kwargs)
@@ -80,7 +79,11 @@ class OneByOne:
         with torch.no_grad():
             for position, values in assigned.items():
                 stack.replace_buffer(stack.slots[position], torch.stack(values))
-            self._collect_filled(empty)
+            for index, attribute in self._new_buffers():
+                own_buffers = [modules[index]._buffers.get(attribute) for modules in stack.modules]
+                filled = [value.detach() for value in own_buffers if value is not None]
+                if len(filled) == stack.num_models:
+                    stack.add_buffer(index, attribute, _stacked(filled))
             self._collect_attributes(attributes)
         return unflatten(_stack_rows(flat_results), first_spec)
 
@@ -88,14 +91,14 @@ class OneByOne:
         many = self.stack.num_models > 1
         return self.streams.fork(i) if many and self.streams.kind == "philox" else self.streams
 
-    def _strict(self, i: int) -> dict[int, str]:
-        """Model i's own parameters by id: a gradient that reaches these would be lost."""
-        found = {}
-        for slot in self.stack.slots:
-            original = tensor_at(self.stack.modules[i], slot)
-            if slot.is_parameter and original.requires_grad:
-                found[id(original)] = f"'{slot.name}' of model {i}"
-        return found
+    def _originals(self, i: int, learning: bool) -> dict[int, str]:
+        """What model i's own tensors are called, by id: all, or parameters that need a gradient."""
+        named = [(slot, tensor_at(self.stack.modules[i], slot)) for slot in self.stack.slots]
+        return {
+            id(original): f"'{slot.name}' of model {i}"
+            for slot, original in named
+            if not learning or (slot.is_parameter and original.requires_grad)
+        }
 
     def _own_arguments(self, i: int, columns: list[Any], own: OwnSamples | None) -> list[Any]:
         leaves = [column[i] for column in columns]
@@ -143,12 +146,6 @@ class OneByOne:
 
         return again
 
-    def _own_buffer(self, i: int, slot: Slot) -> Tensor:
-        index, attribute = slot.places[0]
-        buffer = self.stack.modules[i][index]._buffers[attribute]
-        assert buffer is not None
-        return buffer
-
     def _collect_assigned(
         self, i: int, tensors: Sequence[Tensor], assigned: dict[int, list[Tensor]]
     ) -> None:
@@ -163,13 +160,16 @@ class OneByOne:
                 assert now is not None
                 rows[i] = now.detach()
 
-    def _collect_filled(self, empty: Sequence[tuple[int, str]]) -> None:
-        """Take over buffers that were None until the forward of every model filled its own."""
-        for index, attribute in empty:
-            values = [modules[index]._buffers[attribute] for modules in self.stack.modules]
-            filled = [value.detach() for value in values if value is not None]
-            if len(filled) == len(values):
-                self.stack.add_buffer(index, attribute, torch.stack(filled))
+    def _new_buffers(self) -> list[tuple[int, str]]:
+        """Buffers that model 0 has and the stack has not: they were None until a forward."""
+        held = [
+            (index, attribute)
+            for index, module in enumerate(self.stack.modules[0])
+            for attribute, value in module._buffers.items()
+            if value is not None
+        ]
+        known = {place for slot in self.stack.slots for place in slot.places} if held else ()
+        return [place for place in held if place not in known]
 
     def _collect_attributes(self, names: set[tuple[int, str]]) -> None:
         """Note what the models have set, for the day when they are computed together."""
@@ -192,16 +192,6 @@ def _as_model(streams: Streams, i: int) -> Iterator[None]:
     """Torch's own generators where model i left them."""
     with torch_rng(streams.device), streams.as_model(i):
         yield
-
-
-def _empty_buffers(stack: Stack) -> list[tuple[int, str]]:
-    """Where the modules have buffers that are None, as (module index, name)."""
-    return [
-        (index, attribute)
-        for index, module in enumerate(stack.modules[0])
-        for attribute, value in module._buffers.items()
-        if value is None
-    ]
 
 
 def _stack_rows(rows: list[list[Any]]) -> list[Any]:

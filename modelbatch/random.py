@@ -201,10 +201,8 @@ class Streams:
 
     def become(self, other: "Streams") -> None:
         """Take over seeds and positions of streams of this kind and device."""
-        self.seeds, self.seed, self.step, self.states = (
-            *(other.seeds, other.seed),
-            *(other.step, other.states),
-        )
+        self.seeds, self.seed = other.seeds, other.seed
+        self.step, self.states = other.step, other.states
         self.op_index = 0
 
     def finish_call(

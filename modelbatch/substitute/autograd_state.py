@@ -114,7 +114,8 @@ def replayed_checkpoints(resume: Resume) -> Iterator[None]:
         return without_reentry(function, *args, **kwargs)
 
     setattr(checkpoint, _GENERATOR, generator)
-    checkpoint.CheckpointFunction = _Reentrant(with_reentry, thread, resume)  # type: ignore
+    replaying: Any = _Reentrant(with_reentry, thread, resume)
+    checkpoint.CheckpointFunction = replaying  # type: ignore[misc]
     try:
         yield
     finally:
